@@ -299,6 +299,7 @@ def _http(parts: SharedParts, entrance: Entrance, contract: Contract) -> HttpSer
         contract,
         parts.gate,
         tls=entrance.tls,
+        guard=entrance.guard,
         max_connections=entrance.http_connections,
     )
 

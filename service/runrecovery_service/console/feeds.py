@@ -1,0 +1,157 @@
+"""Says when what a page shows has changed. Pages that show the same to the same caller share it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import grpc
+import structlog
+
+from runrecovery_service.console.contract import Contract
+from runrecovery_service.http.calls import CallFailed
+
+POLL_S: Final = 1.0
+"""Pause between two looks at a list, of which no event tells."""
+POLL_SHARE: Final = 20.0
+"""The pause is at least so many times as long as the look took."""
+RETRY_S: Final = 1.0
+"""Pause before a feed that failed is tried again."""
+ENDED_POLL_S: Final = 10.0
+"""Pause between two looks at a run that has ended: it can be reopened, or removed."""
+
+log = structlog.get_logger()
+
+Versions: TypeAlias = Callable[[Contract], AsyncGenerator[str, None]]
+"""Yields the version of what a page shows: at once, and after changes."""
+
+
+class AccessEnded(Exception):
+    """The caller may not see this any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeedKey:
+    """What is watched, and with whose rights."""
+
+    topic: str
+    authorization: str | None
+
+
+class _Feed:
+    """The present version of a topic, kept by one task for all its readers."""
+
+    def __init__(self) -> None:
+        self.version = ""
+        self.is_ended = False
+        self.readers = 0
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    def publish(self, version: str) -> None:
+        if version != self.version:
+            self.version = version
+            self._wake()
+
+    def end(self) -> None:
+        self.is_ended = True
+        self._wake()
+
+    async def wait(self, seconds: float) -> None:
+        """Return after a change, or after a time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Feeds:
+    """All feeds with a reader. Use it on the event loop."""
+
+    def __init__(self) -> None:
+        self._feeds: dict[FeedKey, _Feed] = {}
+
+    async def versions(
+        self, key: FeedKey, contract: Contract, watch: Versions, beat_s: float
+    ) -> AsyncGenerator[str, None]:
+        """Yield each version of a topic, and the present one again after `beat_s` without news.
+
+        Raises:
+            AccessEnded: the caller may not see the topic any more.
+        """
+        feed = self._feeds.get(key)
+        if feed is None:
+            feed = self._feeds[key] = _Feed()
+            feed.task = asyncio.create_task(_keep(feed, contract, watch))
+        feed.readers += 1
+        try:
+            while not feed.is_ended:
+                seen = feed.version
+                if seen:
+                    yield seen
+                if feed.version == seen and not feed.is_ended:
+                    await feed.wait(beat_s)
+            raise AccessEnded
+        finally:
+            feed.readers -= 1
+            if not feed.readers:
+                self._feeds.pop(key, None)
+                if feed.task is not None:
+                    feed.task.cancel()
+
+
+async def _keep(feed: _Feed, contract: Contract, watch: Versions) -> None:
+    """Publish versions until the access has ended. A failure of the service is waited out."""
+    while True:
+        try:
+            async with aclosing(watch(contract)) as versions:
+                async for version in versions:
+                    feed.publish(version)
+        except CallFailed as error:
+            if error.code in _NO_ACCESS:
+                feed.end()
+                return
+            feed.publish("away")
+        except Exception:  # a defect must not leave the readers without news
+            log.exception("console.feed_failed")
+            feed.publish("away")
+        await asyncio.sleep(RETRY_S)
+
+
+_NO_ACCESS: Final = {
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.NOT_FOUND,
+}
+
+
+def polled(look: Callable[[Contract], Awaitable[str]]) -> Versions:
+    """Return a feed that looks again and again."""
+
+    async def versions(contract: Contract) -> AsyncGenerator[str, None]:
+        loop = asyncio.get_running_loop()
+        while True:
+            begun_s = loop.time()
+            yield await look(contract)
+            await asyncio.sleep(max(POLL_S, POLL_SHARE * (loop.time() - begun_s)))
+
+    return versions
+
+
+def watched_run(run_id: str) -> Versions:
+    """Return the feed of a run: the number of its latest event."""
+
+    async def versions(contract: Contract) -> AsyncGenerator[str, None]:
+        while True:
+            async with aclosing(contract.watch_run(run_id)) as updates:
+                async for update in updates:
+                    yield str(update.sequence)
+            await asyncio.sleep(ENDED_POLL_S)
+
+    return versions

@@ -1,0 +1,35 @@
+"""Reads the forms that pages send."""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import parse_qsl
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+MAX_FORM_BYTES: Final = 2 << 20
+MAX_FIELDS: Final = 300
+FORM_TYPE: Final = "application/x-www-form-urlencoded"
+
+
+async def read_form(request: Request) -> dict[str, str]:
+    """Return the fields of a form. Of a field that is sent twice the last one counts.
+
+    Raises:
+        HTTPException: it is not a form, it is too large, or it has too many fields.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip() != FORM_TYPE:
+        raise HTTPException(415, "Only forms are read here.")
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_FORM_BYTES:
+            raise HTTPException(413, "The form is too large.")
+    try:
+        pairs = parse_qsl(
+            body.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict"
+        )
+    except ValueError:
+        raise HTTPException(400, "The form cannot be read.") from None
+    return dict(pairs)

@@ -1,0 +1,169 @@
+"""The streams of server-sent events that keep pages up to date.
+
+A stream says which version of its page is the present one; the page loads itself again if it shows
+another. So nothing is lost between the page and its stream, or while the service was away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+
+from runrecovery_service.console.contract import Contract
+from runrecovery_service.console.feeds import (
+    AccessEnded,
+    FeedKey,
+    Feeds,
+    Versions,
+    polled,
+    watched_run,
+)
+from runrecovery_service.console.output import CHANNELS, follow_output
+from runrecovery_service.console.pages import Site, output_offset
+from runrecovery_service.console.run_list import RunFilter, is_run_id
+from runrecovery_service.console.visitors import Visitor
+from runrecovery_service.console.waiting import list_waiting, version_of
+from runrecovery_service.http.calls import CallFailed
+from runrecovery_service.rpc.gate import Gate
+
+BEAT_S: Final = 10.0
+"""A stream says at least so often that it is alive."""
+MAX_STREAMS: Final = 1000
+
+
+async def waiting_version(contract: Contract) -> str:
+    """Return the version of the page of questions."""
+    return version_of((await list_waiting(contract)).runs)
+
+
+async def service_version(contract: Contract) -> str:
+    """Return the version of pages about the service: its state, and how far a recovery is."""
+    status = await contract.status()
+    report = status.reconciliation
+    return (
+        f"{status.instance}-{status.epoch}-{status.state}-{report.reconciliation_id}"
+        f"-{report.state}-{report.runs_scanned}-{len(report.phases)}"
+    )
+
+
+async def instances_version(contract: Contract) -> str:
+    """Return the version of the page of instances. A renewed lease alone is no news."""
+    instances = await contract.instances()
+    for instance in instances:
+        instance.ClearField("lease_until")
+    data = b"".join(instance.SerializeToString(deterministic=True) for instance in instances)
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+class Live:
+    """The streams."""
+
+    def __init__(self, site: Site, gate: Gate) -> None:
+        self._site = site
+        self._gate = gate
+        self._feeds = Feeds()
+        self._streams = 0
+
+    async def waiting(self, request: Request) -> Response:
+        """Follow the questions that wait."""
+        return await self._follow(request, "waiting", polled(waiting_version))
+
+    async def service(self, request: Request) -> Response:
+        """Follow the state of the service."""
+        return await self._follow(request, "service", polled(service_version))
+
+    async def instances(self, request: Request) -> Response:
+        """Follow the instances."""
+        return await self._follow(request, "instances", polled(instances_version))
+
+    async def runs(self, request: Request) -> Response:
+        """Follow a page of the list of runs."""
+        wanted = RunFilter.of(request.query_params)
+        token = request.query_params.get("page", "")
+
+        async def look(contract: Contract) -> str:
+            return version_of((await contract.list_runs(wanted.request(token))).runs)
+
+        return await self._follow(request, wanted.address(page=token), polled(look))
+
+    async def run(self, request: Request) -> Response:
+        """Follow a run, and its output if the page shows the end of it."""
+        run_id = request.path_params["run_id"]
+        if not is_run_id(run_id):
+            return PlainTextResponse("no such run", 404)
+        return await self._follow(request, f"run {run_id}", watched_run(run_id), run_id)
+
+    async def _follow(
+        self, request: Request, topic: str, watch: Versions, output_of: str = ""
+    ) -> Response:
+        visitor = self._site.visitors.visitor_of(request)
+        if visitor is None:
+            return PlainTextResponse("log in first", 401)
+        if self._streams >= MAX_STREAMS:
+            return PlainTextResponse("too many pages are open", 503)
+        events = self._events(request, visitor, topic, watch, output_of)
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    async def _events(
+        self, request: Request, visitor: Visitor, topic: str, watch: Versions, output_of: str
+    ) -> AsyncIterator[str]:
+        contract = self._site.contract_of(visitor)
+        key = FeedKey(topic, visitor.origin.authorization)
+        versions = self._feeds.versions(key, contract, watch, BEAT_S)
+        queue: asyncio.Queue[str] = asyncio.Queue(maxsize=4)
+        tasks = [
+            asyncio.create_task(_put_versions(queue, versions)),
+            asyncio.create_task(_put_stop(queue, self._gate)),
+        ]
+        query = request.query_params
+        offset = output_offset(query.get("from"))
+        if output_of and query.get("channel") in CHANNELS and offset is not None:
+            attempt = output_offset(query.get("attempt")) or 0
+            pieces = follow_output(
+                contract, output_of, query["channel"], attempt=min(attempt, 2**31 - 1), start=offset
+            )
+            tasks.append(asyncio.create_task(_put_output(queue, pieces)))
+        self._streams += 1
+        try:
+            yield "retry: 1000\n\n"
+            while event := await queue.get():
+                yield event
+        finally:
+            self._streams -= 1
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _put_versions(queue: asyncio.Queue[str], versions: AsyncGenerator[str, None]) -> None:
+    async with aclosing(versions):
+        try:
+            async for version in versions:
+                await queue.put(f"event: version\ndata: {version}\n\n")
+        except AccessEnded:
+            await queue.put("event: end\ndata: \n\n")
+    await queue.put("")
+
+
+async def _put_stop(queue: asyncio.Queue[str], gate: Gate) -> None:
+    """End the stream when the service stops. The page connects again, perhaps to another start."""
+    while not gate.ends_streams:
+        await gate.change.wait()
+    await queue.put("")
+
+
+async def _put_output(
+    queue: asyncio.Queue[str], pieces: AsyncGenerator[tuple[str, int], None]
+) -> None:
+    with suppress(CallFailed):  # the page says why there is no output
+        async with aclosing(pieces):
+            async for html, end in pieces:
+                data = json.dumps({"html": html, "end": end})
+                await queue.put(f"event: output\ndata: {data}\n\n")

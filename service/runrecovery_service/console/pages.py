@@ -1,0 +1,236 @@
+"""The pages about runs: the questions that wait, the list, and one run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Final, TypeAlias
+from urllib.parse import quote, urlencode
+
+import grpc
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from runrecovery_service.console.contract import Contract, reason_of
+from runrecovery_service.console.output import CHANNELS, output_view
+from runrecovery_service.console.questions import Draft, question_of
+from runrecovery_service.console.rendering import NOTICES, Renderer
+from runrecovery_service.console.run_list import RunFilter, is_run_id, row_of
+from runrecovery_service.console.run_view import answered_questions, decision_views, run_view
+from runrecovery_service.console.timeline import timeline_of
+from runrecovery_service.console.visitors import Visitor, Visitors
+from runrecovery_service.console.waiting import version_of, waiting_questions
+from runrecovery_service.console.words import STATUS_BY_NAME
+from runrecovery_service.http.calls import CallFailed, ContractCalls
+
+WHOLE_CHARS: Final = 2_000_000
+"""Characters of one text that are shown when everything is asked for."""
+SHORT_CHARS: Final = 8_000
+"""Characters of one text on a page."""
+MAX_OFFSET: Final = 2**62
+
+Page: TypeAlias = Callable[[Request, Visitor, Contract], Awaitable[Response]]
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+
+class Site:
+    """What all pages share: who visits, the calls of the contract, and templates."""
+
+    def __init__(self, calls: ContractCalls, visitors: Visitors) -> None:
+        self.visitors = visitors
+        self.renderer = Renderer()
+        self._calls = calls
+
+    def contract_of(self, visitor: Visitor) -> Contract:
+        """Return the calls that a visitor may make."""
+        return Contract(self._calls, visitor.origin)
+
+    async def record_wrong_token(self, request: Request, token: str) -> None:
+        """Let the guard of the contract log a login that it would refuse."""
+        contract = Contract(self._calls, self.visitors.origin_of(request, token or "none"))
+        with suppress(CallFailed):
+            await contract.status()
+
+    def page(self, respond: Page) -> Endpoint:
+        """Return the endpoint of a page: visitors log in first, and failures become pages."""
+
+        async def endpoint(request: Request) -> Response:
+            visitor = self.visitors.visitor_of(request)
+            if visitor is None:
+                return self._login_first(request)
+            try:
+                response = await respond(request, visitor, self.contract_of(visitor))
+            except CallFailed as error:
+                response = self.failure(visitor, error)
+            self.visitors.keep_secret(response, visitor)
+            return response
+
+        return endpoint
+
+    def failure(self, visitor: Visitor, error: CallFailed) -> Response:
+        """Return the page of a call that failed."""
+        status, title, advice = _FAILURES.get(error.code, _UNEXPECTED)
+        is_away = error.code is grpc.StatusCode.UNAVAILABLE
+        return self.renderer.page(
+            "failure",
+            visitor,
+            status,
+            title=title,
+            advice=advice,
+            message=error.message,
+            reason=reason_of(error),
+            live="/live/service" if is_away else "",
+            version="away" if is_away else "",
+            reload_s=3 if is_away else 0,
+        )
+
+    def not_found(self, visitor: Visitor | None) -> Response:
+        """Return the page of an address that does not exist."""
+        status, title, advice = _FAILURES[grpc.StatusCode.NOT_FOUND]
+        return self.renderer.page(
+            "failure", visitor, status, title=title, advice=advice, message="", reason=""
+        )
+
+    def _login_first(self, request: Request) -> Response:
+        if request.method == "GET" and request.headers.get("sec-fetch-site") == "cross-site":
+            # A browser does not send the cookie with a link of another site. It does send it when
+            # this page loads itself again.
+            return self.renderer.page("continue", None, reload_s=1)
+        there = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        query = f"?{urlencode({'next': there})}" if request.method == "GET" and there != "/" else ""
+        return RedirectResponse(f"/login{query}", 303)
+
+
+_UNEXPECTED: Final = (502, "The call failed", "Try again. If it fails again, look at the log.")
+_FAILURES: Final = {
+    grpc.StatusCode.NOT_FOUND: (
+        404,
+        "Not found",
+        "It does not exist, retention has removed it, or it is not yours to see.",
+    ),
+    grpc.StatusCode.PERMISSION_DENIED: (
+        403,
+        "Not for your role",
+        "Log in with a token of a caller who may do this.",
+    ),
+    grpc.StatusCode.UNAUTHENTICATED: (401, "Your token is not valid", "Log in again."),
+    grpc.StatusCode.UNAVAILABLE: (
+        503,
+        "The service is not ready",
+        "This page loads again by itself when the service is.",
+    ),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (503, "The service is busy", "Wait a moment, and reload."),
+    grpc.StatusCode.INVALID_ARGUMENT: (400, "The address is not valid", "Check the filter."),
+}
+
+
+class RunPages:
+    """The pages about runs."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    async def waiting(self, request: Request, visitor: Visitor, contract: Contract) -> Response:
+        """Show the questions that wait for a person."""
+        waiting = await waiting_questions(contract)
+        return self._site.renderer.page(
+            "waiting",
+            visitor,
+            waiting=waiting,
+            problem="",
+            notice=_notice(request),
+            limit=SHORT_CHARS,
+            live="/live/waiting",
+            version=waiting.version,
+        )
+
+    async def runs(self, request: Request, visitor: Visitor, contract: Contract) -> Response:
+        """Show a page of the list of runs."""
+        wanted = RunFilter.of(request.query_params)
+        run_id = request.query_params.get("run", "").strip()
+        if is_run_id(run_id):
+            return RedirectResponse(f"/runs/{quote(run_id)}", 303)
+        token = request.query_params.get("page", "")
+        answer = await contract.list_runs(wanted.request(token))
+        return self._site.renderer.page(
+            "runs",
+            visitor,
+            rows=[row_of(run) for run in answer.runs],
+            filter=wanted,
+            statuses=list(STATUS_BY_NAME),
+            bad_id=run_id,
+            next=wanted.address(page=answer.next_page_token) if answer.next_page_token else "",
+            is_first=not token,
+            live=wanted.address(page=token).replace("/runs", "/live/runs", 1),
+            version=version_of(answer.runs),
+        )
+
+    async def run(self, request: Request, visitor: Visitor, contract: Contract) -> Response:
+        """Show a run."""
+        return await self.show_run(request, visitor, contract)
+
+    async def show_run(
+        self,
+        request: Request,
+        visitor: Visitor,
+        contract: Contract,
+        *,
+        status: int = 200,
+        problem: str = "",
+        draft: Draft | None = None,
+    ) -> Response:
+        """Show a run, and what is wrong with the form that was sent, if any."""
+        run_id = request.path_params["run_id"]
+        if not is_run_id(run_id):
+            return self._site.not_found(visitor)
+        query = request.query_params
+        channel = query.get("channel", "") if query.get("channel") in CHANNELS else "stdout"
+        start = output_offset(query.get("from"))
+        seen, questions, explained, output = await asyncio.gather(
+            contract.run_events(run_id),
+            contract.list_interactions(run_id),
+            contract.explain(run_id),
+            output_view(contract, run_id, channel, start),
+        )
+        now = datetime.now(UTC)
+        view = run_view(seen.run, now)
+        follow = (
+            ""
+            if view.is_ended or start is not None
+            else _follow(output.attempt, channel, output.end)
+        )
+        return self._site.renderer.page(
+            "run",
+            visitor,
+            status,
+            run=view,
+            question=question_of(seen.run),
+            timeline=timeline_of(seen.events, now, is_cut=seen.is_cut),
+            answered=answered_questions(questions, seen.run.pending_interaction.interaction_id),
+            decisions=decision_views(explained.explanations),
+            output=output,
+            follow=follow,
+            problem=problem,
+            draft=draft or Draft(),
+            notice=_notice(request),
+            limit=WHOLE_CHARS if query.get("whole") else SHORT_CHARS,
+            live=f"/live/runs/{run_id}",
+            version=str(seen.sequence),
+        )
+
+
+def _follow(attempt: int, channel: str, offset: int) -> str:
+    return urlencode({"attempt": attempt, "channel": channel, "from": offset})
+
+
+def output_offset(text: str | None) -> int | None:
+    """Return a position in the output; None for no position, and for a text that is none."""
+    if not text or not text.isascii() or not text.isdecimal() or len(text) > 18:
+        return None
+    return min(int(text), MAX_OFFSET)
+
+
+def _notice(request: Request) -> str:
+    return NOTICES.get(request.query_params.get("done", ""), "")

@@ -1,0 +1,254 @@
+"""Questions as forms, and what a person sent by a form as the response of SubmitReply. Pure.
+
+A form has one field or button for each thing that the question asks for. Their names are `choice`,
+`text`, `field-N`, `input` and `reason`; values of options stay on the server, and forms name them
+by number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from google.protobuf.struct_pb2 import Struct, Value
+from runrecovery.v1 import run_pb2
+
+from runrecovery_service.console.moments import Moment, moment
+from runrecovery_service.console.words import KINDS
+from runrecovery_service.domain.run import JsonObject, JsonValue
+from runrecovery_service.rpc.json_values import InvalidJson, read_struct, read_value
+
+MAX_BUTTONS: Final = 6
+MAX_BUTTON_CHARS: Final = 40
+"""More options, or longer ones, become a list to choose from."""
+
+
+class FormKind(StrEnum):
+    """How the form of a question looks."""
+
+    TEXT = "text"
+    BUTTONS = "buttons"
+    LIST = "list"
+    FIELDS = "fields"
+    RISK = "risk"
+    TOOL_CALL = "tool_call"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An option of a form: its label, and its number in the form."""
+
+    label: str
+    number: int
+    is_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallView:
+    """The call of a tool that a question asks permission for. `input` is JSON for people."""
+
+    tool: str
+    input: str
+    workspace: str
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionView:
+    """An open question.
+
+    Attributes:
+        asked_at: absent for a question that an old version recorded.
+        decides_at: the deadline; None: the question waits without a limit.
+        decided_automatically: at the deadline the run continues without an answer. Otherwise it
+            fails.
+    """
+
+    run_id: str
+    engine: str
+    labels: tuple[tuple[str, str], ...]
+    etag: str
+    interaction_id: int
+    kind: str
+    prompt: str
+    form: FormKind
+    choices: tuple[Choice, ...]
+    tool_call: ToolCallView | None
+    asked_at: Moment | None
+    decides_at: Moment | None
+    decided_automatically: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerProblem(Exception):
+    """A form does not say what the question asks for. The text is for the person."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a person had filled into a form that was refused, so that nothing is lost."""
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    def get(self, name: str) -> str:
+        """Return the text of a field; empty if there is none."""
+        return self.fields.get(name, "")
+
+
+def question_of(run: run_pb2.Run) -> QuestionView | None:
+    """Return the open question of a run; None if it has none."""
+    if not run.HasField("pending_interaction"):
+        return None
+    pending = run.pending_interaction
+    form = form_of(pending)
+    labels = [label for label, _ in options_of(pending)]
+    return QuestionView(
+        run_id=run.run_id,
+        engine=run.engine,
+        labels=tuple(sorted(run.labels.items())),
+        etag=run.etag,
+        interaction_id=pending.interaction_id,
+        kind="Permission" if form is FormKind.TOOL_CALL else KINDS.get(pending.kind, "Question"),
+        prompt=pending.prompt,
+        form=form,
+        choices=tuple(Choice(label, at, at == 0) for at, label in enumerate(labels)),
+        tool_call=tool_call_view(pending.tool_call) if pending.HasField("tool_call") else None,
+        asked_at=moment(pending.asked_at),
+        decides_at=moment(pending.wait_deadline_at),
+        decided_automatically=not run.interactive_profile.require_user_reply,
+    )
+
+
+def form_of(pending: run_pb2.PendingInteraction) -> FormKind:
+    """Return how the form of a question looks."""
+    if pending.HasField("tool_call"):
+        return FormKind.TOOL_CALL
+    if pending.kind == run_pb2.INTERACTION_KIND_RISK_ACK and not pending.options:
+        return FormKind.RISK
+    if pending.kind == run_pb2.INTERACTION_KIND_FILL_FIELDS and pending.options:
+        return FormKind.FIELDS
+    options = options_of(pending)
+    if not options or pending.kind == run_pb2.INTERACTION_KIND_OPEN_TEXT:
+        return FormKind.TEXT
+    is_short = all(len(label) <= MAX_BUTTON_CHARS for label, _ in options)
+    return FormKind.BUTTONS if is_short and len(options) <= MAX_BUTTONS else FormKind.LIST
+
+
+def options_of(pending: run_pb2.PendingInteraction) -> list[tuple[str, JsonValue]]:
+    """Return the label and the value of each option; yes and no for a confirmation without any."""
+    options = [(option.label, _json(option.value)) for option in pending.options]
+    if not options and pending.kind == run_pb2.INTERACTION_KIND_CONFIRM:
+        return [("Yes", "yes"), ("No", "no")]
+    return options
+
+
+def answer_of(pending: run_pb2.PendingInteraction, given: Mapping[str, str]) -> JsonValue:
+    """Return the response that a form means.
+
+    Raises:
+        AnswerProblem: the form is not filled in, or its question is another one.
+    """
+    match form_of(pending):
+        case FormKind.TOOL_CALL:
+            return _decision(given)
+        case FormKind.RISK:
+            return _risk(given)
+        case FormKind.FIELDS:
+            return _filled(options_of(pending), given)
+        case FormKind.TEXT:
+            text = given.get("text", "").replace("\r\n", "\n")
+            if not text.strip():
+                raise AnswerProblem("Write an answer first.")
+            return text
+        case _:
+            return _chosen(options_of(pending), given)
+
+
+def _chosen(options: Sequence[tuple[str, JsonValue]], given: Mapping[str, str]) -> JsonValue:
+    number = given.get("choice", "")
+    if not number.isascii() or not number.isdecimal() or len(number) > 4:
+        raise AnswerProblem("Choose one of the answers first.")
+    if int(number) >= len(options):
+        raise AnswerProblem("The question has no such answer.")
+    return options[int(number)][1]
+
+
+def _risk(given: Mapping[str, str]) -> JsonValue:
+    if given.get("choice") == "no":
+        return "no"
+    if given.get("choice") != "yes" or given.get("accepted") != "yes":
+        raise AnswerProblem("Tick the box to accept the risk, or refuse it.")
+    return "yes"
+
+
+def _filled(options: Sequence[tuple[str, JsonValue]], given: Mapping[str, str]) -> JsonValue:
+    answer: dict[str, JsonValue] = {}
+    for at, (label, value) in enumerate(options):
+        text = given.get(f"field-{at}", "").replace("\r\n", "\n")
+        if not text.strip():
+            raise AnswerProblem(f"Fill in every field: {label} is empty.")
+        answer[field_key(label, value)] = text
+    return answer
+
+
+def field_key(label: str, value: JsonValue) -> str:
+    """Return the member of the response for a field: the option's value if it is a text."""
+    return value if isinstance(value, str) else label
+
+
+def _decision(given: Mapping[str, str]) -> JsonValue:
+    match given.get("choice"):
+        case "deny":
+            reason = given.get("reason", "").replace("\r\n", "\n").strip()
+            return {"decision": "deny", "reason": reason} if reason else "deny"
+        case "allow":
+            return "allow"
+        case "allow-changed":
+            return {"decision": "allow", "input": _object(given.get("input", ""))}
+        case _:
+            raise AnswerProblem("Allow the call or deny it.")
+
+
+def _object(text: str) -> JsonObject:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise AnswerProblem("The changed input is not valid JSON.") from None
+    if not isinstance(value, dict):
+        raise AnswerProblem("The changed input must be a JSON object, like { … }.")
+    return value
+
+
+def _refuse_constant(word: str) -> JsonValue:
+    raise ValueError(f"{word} is not JSON")
+
+
+def tool_call_view(call: run_pb2.ToolCall) -> ToolCallView:
+    """Return the call of a tool for people."""
+    return ToolCallView(
+        tool=call.tool,
+        input=json_text(call.input),
+        workspace=call.workspace,
+        pattern=call.pattern,
+    )
+
+
+def json_text(value: Struct | Value) -> str:
+    """Return a value of the contract as JSON for people; a text as itself."""
+    try:
+        plain = read_struct(value) if isinstance(value, Struct) else read_value(value)
+    except InvalidJson:
+        return str(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, indent=2, ensure_ascii=False)
+
+
+def _json(value: Value) -> JsonValue:
+    try:
+        return read_value(value)
+    except InvalidJson:
+        return None

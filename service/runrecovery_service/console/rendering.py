@@ -1,0 +1,59 @@
+"""Renders the templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.responses import HTMLResponse
+
+from runrecovery_service.console.bars import BAR_UNITS
+from runrecovery_service.console.questions import Draft
+from runrecovery_service.console.shown_text import shown, shown_line, shown_name
+from runrecovery_service.console.visitors import FORM_FIELD, Visitor
+from runrecovery_service.console.words import count
+
+_FOLDER: Final = Path(__file__).parent
+TEMPLATES: Final = _FOLDER / "templates"
+STATIC: Final = _FOLDER / "static"
+
+# The texts that a page may show after a form: its address names one of them.
+NOTICES: Final = {
+    "answered": "Your answer is recorded.",
+    "canceled": "The cancel is recorded.",
+    "reopened": "The run is open again.",
+}
+
+
+class Renderer:
+    """Renders pages. Everything that a template inserts is escaped, or shown by `shown_text`."""
+
+    def __init__(self) -> None:
+        self._templates = Environment(
+            loader=FileSystemLoader(TEMPLATES),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        self._templates.filters.update(shown=shown, line=shown_line, name=shown_name, count=count)
+        self._templates.globals.update(
+            bar_units=BAR_UNITS, form_field=FORM_FIELD, empty_draft=Draft()
+        )
+
+    def page(
+        self, name: str, visitor: Visitor | None, status: int = 200, **values: object
+    ) -> HTMLResponse:
+        """Return a page.
+
+        Args:
+            name: of the template, without its ending.
+            visitor: None on pages for everyone, such as the login.
+            values: what the template names. `live`: the address of the stream that says when the
+                page has changed; empty: none. `version`: what the stream says if it has not.
+        """
+        given = {"live": "", "version": "", "notice": "", "reload_s": 0} | values
+        html = self._templates.get_template(f"{name}.html").render(visitor=visitor, **given)
+        return HTMLResponse(html, status)

@@ -1,0 +1,171 @@
+"""Who visits a page: the cookie of a caller's token, what the caller may do, and forged forms.
+
+The cookie holds the token itself. So a session lasts over a restart and at every replica, and ends
+when the token is removed from the configuration. The service has only digests of tokens, and could
+not make another secret that all replicas accept without a key of their own.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runrecovery_service.domain.caller import Caller, Role
+from runrecovery_service.http.calls import CallOrigin
+from runrecovery_service.rpc.callers import CallerGuard
+
+MAX_AGE_S: Final = 12 * 3600
+"""How long a browser keeps the token."""
+FORM_FIELD: Final = "form_token"
+MAX_TOKEN_CHARS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visitor:
+    """Who sends a request.
+
+    Attributes:
+        origin: the origin of the calls that pages make for the visitor.
+        name: of the caller; empty where no callers are configured.
+        form_token: what each form of the visitor carries.
+        new_secret: the cookie to set, of a visitor who has none yet; empty otherwise.
+    """
+
+    origin: CallOrigin
+    name: str
+    can_answer: bool
+    can_create: bool
+    can_operate: bool
+    form_token: str
+    new_secret: str = ""
+
+
+class Visitors:
+    """Identifies visitors.
+
+    Args:
+        guard: knows the callers.
+        has_tls: cookies are for TLS only.
+        may_all_write: without configured callers everyone may answer and cancel, not only read.
+    """
+
+    def __init__(self, guard: CallerGuard | None, *, has_tls: bool, may_all_write: bool) -> None:
+        self._guard = guard
+        self._has_tls = has_tls
+        self._may_all_write = may_all_write
+        # A browser takes a cookie with this prefix only from this very host, over TLS.
+        prefix = "__Host-" if has_tls else ""
+        self._token_cookie = f"{prefix}runrecovery-token"
+        self._form_cookie = f"{prefix}runrecovery-form"
+
+    @property
+    def needs_login(self) -> bool:
+        """True if callers are configured."""
+        return self._guard is not None and bool(self._guard.table.known)
+
+    def visitor_of(self, request: Request) -> Visitor | None:
+        """Return the visitor; None for one who must log in first."""
+        if not self.needs_login:
+            return self._anyone(request)
+        token = request.cookies.get(self._token_cookie, "")
+        caller = self.caller_of(token)
+        if caller is None:
+            return None
+        return Visitor(
+            origin=self.origin_of(request, token),
+            name=caller.name,
+            can_answer=caller.role >= Role.REPLIER,
+            can_create=caller.role >= Role.CREATOR,
+            can_operate=caller.role >= Role.OPERATOR,
+            form_token=form_token(token),
+        )
+
+    def caller_of(self, token: str) -> Caller | None:
+        """Return the caller with a token."""
+        if self._guard is None or not token or len(token) > MAX_TOKEN_CHARS:
+            return None
+        return self._guard.table.of_token(token)
+
+    def origin_of(self, request: Request, token: str) -> CallOrigin:
+        """Return the origin of calls that are made with a token; empty: without any."""
+        client = request.client
+        return CallOrigin(
+            authorization=f"Bearer {token}" if token else None,
+            peer=f"{client.host}:{client.port}" if client else "",
+        )
+
+    def _anyone(self, request: Request) -> Visitor:
+        secret = request.cookies.get(self._form_cookie, "")
+        new_secret = "" if secret else secrets.token_hex(16)
+        return Visitor(
+            origin=self.origin_of(request, ""),
+            name="",
+            can_answer=self._may_all_write,
+            can_create=self._may_all_write,
+            can_operate=True,
+            form_token=form_token(secret or new_secret),
+            new_secret=new_secret,
+        )
+
+    def keep_token(self, response: Response, token: str) -> None:
+        """Let the browser keep a token."""
+        self._set(response, self._token_cookie, token, MAX_AGE_S)
+
+    def keep_secret(self, response: Response, visitor: Visitor) -> None:
+        """Let the browser of a visitor without login keep the secret of its forms."""
+        if visitor.new_secret:
+            self._set(response, self._form_cookie, visitor.new_secret, MAX_AGE_S)
+
+    def forget_token(self, response: Response) -> None:
+        """Let the browser forget its token."""
+        self._set(response, self._token_cookie, "", 0)
+
+    def _set(self, response: Response, name: str, value: str, max_age_s: int) -> None:
+        response.set_cookie(
+            name,
+            value,
+            max_age=max_age_s,
+            path="/",
+            secure=self._has_tls,
+            httponly=True,
+            samesite="strict",
+        )
+
+
+def form_token(secret: str) -> str:
+    """Return what a form carries so that no other site can send it.
+
+    It is derived from the cookie, which no other site can read, so every replica knows it after
+    every restart.
+    """
+    return hmac.digest(secret.encode(), b"runrecovery console form", sha256).hex()
+
+
+def is_own_form(headers: Mapping[str, str], visitor: Visitor, given_token: str) -> bool:
+    """Return whether a form was sent by a page of this console."""
+    return is_same_origin(headers) and hmac.compare_digest(
+        given_token.encode("utf-8", "replace"), visitor.form_token.encode()
+    )
+
+
+def is_same_origin(headers: Mapping[str, str]) -> bool:
+    """Return whether a browser sent a request for a page of this console.
+
+    A browser names where a form comes from. A request that names nothing is refused: programs have
+    the contract, and need no forms.
+    """
+    site = headers.get("sec-fetch-site")
+    origin = headers.get("origin")
+    if site is None and origin is None:
+        return False
+    if site is not None and site != "same-origin":
+        return False
+    return origin is None or urlsplit(origin).netloc == headers.get("host")
