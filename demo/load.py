@@ -1,7 +1,7 @@
 """Clients that create runs and answer their questions, and use another replica for each call.
 
 A call that gets no answer is repeated at the next replica with the same `request_id`, so it takes
-effect once. The journal of what was acknowledged is kept here, outside of the service.
+effect once. The journal of acknowledged calls is kept here, outside of the service.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class AnyReplica:
 
 @dataclass(slots=True)
 class Load:
-    """Some clients at work in threads, and the journal of what replicas have acknowledged to them.
+    """Some clients at work in threads, and the journal of the acknowledged calls.
 
     Attributes:
         created: runs whose creation was acknowledged.

@@ -111,7 +111,7 @@ class Stage:
         return self.cluster.replicas[name]
 
     def peers_of(self, name: str) -> str:
-        """Return the names of the other replicas, for a claim."""
+        """Return the names of the other replicas, for the text of a claim."""
         return " or ".join(other for other in NAMES if other != name)
 
     def agents_of(self, name: str) -> set[int]:
@@ -284,7 +284,7 @@ def _is_ready(client: RunRecoveryClient, run_id: str, planned: Planned) -> bool:
 
 
 def _check_takeover(stage: Stage, name: str, *, through: str, since: int, agents: set[int]) -> None:
-    """Wait until a peer has decided on the runs of a replica, and check what it did."""
+    """Wait until a peer has decided on the runs of a replica, and check its decisions."""
     began = time.monotonic()
     _until(lambda: _is_taken_over(stage, name, through, since), f"{name} is taken over")
     seconds = time.monotonic() - began
@@ -313,12 +313,12 @@ def _instance(stage: Stage, through: str, name: str) -> service.Instance:
 
 
 def _planned_of(stage: Stage, name: str) -> list[str]:
-    """Return the planned, unfinished runs that a replica still owns of those that it began."""
+    """Return the planned runs that began at a replica, are unfinished and still belong to it."""
     return [one for one in stage.history.unfinished_of(name) if one in stage.run_ids[name]]
 
 
 def _check_decided(stage: Stage, name: str, *, undecided: tuple[str, ...] = ()) -> None:
-    """Check the decisions on the runs of a replica. Those that are `undecided` need none."""
+    """Check the decisions on the runs of a replica, except on the runs in `undecided`."""
     wrong = []
     with stage.any_replica() as replicas:
         for run_id, planned in stage.run_ids[name].items():
@@ -364,7 +364,7 @@ def _finish(stage: Stage) -> None:
 
 
 def _check_load(stage: Stage, load: Load) -> None:
-    """Check what the clients were promised, by their own journal."""
+    """Check the promises to clients, by the clients' own journal."""
     stage.claims.check(
         f"the clients could always go on: {load.repeated} calls were repeated at another replica"
         + "".join(f"; {error}" for error in load.errors),

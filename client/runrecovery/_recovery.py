@@ -128,7 +128,7 @@ class Recovery:
     def explain(
         self, run_id: str, *, timeout_s: float | None = None
     ) -> recovery_service_pb2.ExplainRecoveryResponse:
-        """Return the decisions about a run with facts, sources, and what was done to processes.
+        """Return the decisions about a run, each with its facts and the killed processes.
 
         Newest first, at most the latest 100. Raise RunNotFound if there is no such run.
         """
@@ -280,7 +280,7 @@ class AsyncRecovery:
     async def explain(
         self, run_id: str, *, timeout_s: float | None = None
     ) -> recovery_service_pb2.ExplainRecoveryResponse:
-        """Return the decisions about a run with facts, sources, and what was done to processes.
+        """Return the decisions about a run, each with its facts and the killed processes.
 
         Newest first, at most the latest 100. Raise RunNotFound if there is no such run.
         """

@@ -1,4 +1,5 @@
-"""When a watch reconnects, gives up, and passes a message on: its parts without I/O."""
+"""The parts of a watch without I/O: when it reconnects or gives up, and which messages it
+returns."""
 
 from __future__ import annotations
 

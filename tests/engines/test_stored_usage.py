@@ -1,7 +1,6 @@
 """The calls in the session file of a CLI that was killed before it printed its usage.
 
-The lines are those of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.332, cut to what
-matters.
+The lines are those of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.332, shortened.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def codex_tokens(calls: int) -> Line:
 
 
 def codex_usage(calls: int) -> Usage:
-    """Return the same tokens."""
+    """Return the usage of `codex_tokens`."""
     return Usage(
         input_tokens=100 * calls,
         cached_input_tokens=40 * calls,
@@ -67,7 +66,7 @@ def gemini_message(key: str, **more: object) -> Line:
 
 
 def gemini_usage(calls: int) -> Usage:
-    """Return the tokens of so many such messages."""
+    """Return the usage of `calls` messages of `gemini_message`."""
     return Usage(
         input_tokens=100 * calls,
         cached_input_tokens=40 * calls,
@@ -90,7 +89,7 @@ def claude_line(key: str, *, output_tokens: int = 20, **more: object) -> Line:
 
 
 def claude_usage(calls: int, *, output_tokens: int = 20) -> Usage:
-    """Return the tokens of so many such answers."""
+    """Return the usage of `calls` answers of `claude_line`."""
     return Usage(
         input_tokens=100 * calls,
         cached_input_tokens=40 * calls,

@@ -1,4 +1,4 @@
-"""Launches: what an agent gets, why it cannot start, and the messages between service and shim."""
+"""Launches: the agent's environment, refused starts, and the messages between service and shim."""
 
 from __future__ import annotations
 

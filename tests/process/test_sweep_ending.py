@@ -1,4 +1,4 @@
-"""How a sweep kills processes, and what it reports, leaves and logs."""
+"""How a sweep kills processes; its report, its log, and the processes and files that it leaves."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Server:
     address: str
 
     def answer(self, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode:
-        """Return the status of a call on a new connection; no method exists."""
+        """Return the status of a call on a new connection; the server has no methods."""
         api = Api(self.address, credentials=credentials)
         with closing(api.channel):
             return answer_of(api)
@@ -88,7 +88,7 @@ UNIMPLEMENTED, UNAVAILABLE = grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAV
 
 @contextmanager
 def serving(credentials: grpc.ServerCredentials | None) -> Iterator[Server]:
-    """Run a server without methods: a caller who gets through sees UNIMPLEMENTED."""
+    """Run a server without methods: a call on an accepted connection gets UNIMPLEMENTED."""
     with ThreadPoolExecutor(1) as threads:
         server = grpc.server(threads)
         if credentials is None:

@@ -31,7 +31,7 @@ GET: Final = "runrecovery.v1.RunService.GetRun"
 
 
 def until_shown(service: ServiceProcess, name: str, expected: float, **labels: str) -> Samples:
-    """Scrape until the store was read again."""
+    """Scrape until a metric has the expected value; return the samples."""
     found: Samples = {}
 
     def look() -> bool:

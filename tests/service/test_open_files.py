@@ -22,7 +22,7 @@ from support.waiting import until
 
 IDLE: Final = 1100
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""What makes a connection one of HTTP/2: the client's first words, and its settings (none)."""
+"""The beginning of a connection of HTTP/2: the client's preface, and its settings (none)."""
 TELLS_LIMIT: Final = script(
     "import json, resource, sys\n"
     "sys.stdin.readline()\n"

@@ -52,7 +52,7 @@ def reload(service: ServiceProcess) -> Json:
 
 
 def reloaded(service: ServiceProcess) -> tuple[list[str], list[str]]:
-    """Let the service reload, and return what it has taken over, and what needs a restart."""
+    """Let the service reload; return the changed keys, and the keys that need a restart."""
     line = reload(service)
     assert line["event"] == "service.reloaded", line
     return line["changed"], line["needs_restart"]

@@ -1,4 +1,5 @@
-"""A service with retention removes old runs for good, and callers are told so."""
+"""A service with retention removes old runs for good; calls about them get the documented
+answers."""
 
 from __future__ import annotations
 

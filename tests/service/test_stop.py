@@ -1,4 +1,4 @@
-"""Drains, signals and terminals: how a service stops, and what callers see meanwhile."""
+"""Drains, signals and terminals: how a service stops, and the answers to callers meanwhile."""
 
 from __future__ import annotations
 

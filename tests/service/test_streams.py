@@ -265,8 +265,8 @@ def test_memory_does_not_grow_with_cut_off_readers(new_home: NewHome) -> None:
             until_cuts(service, cut)
         resident.append(resident_kib(service.pid))
 
-    # The allocator gives memory back now and then, so peaks are compared. The first readers leave
-    # behind what later ones use again.
+    # The allocator gives memory back now and then, so peaks are compared. Later readers use the
+    # memory again that the first ones have freed.
     unread_by_the_later_kib = 8 * at_once * FIRST_WINDOW_BYTES // 1024
     assert max(resident[4:]) - max(resident[:4]) < unread_by_the_later_kib / 2
     assert errors(service) == []

@@ -56,7 +56,7 @@ def toggle(path: Path, kind: str, folder: str) -> None:
 
 
 def dying(path: Path, kind: str, folder: str) -> None:
-    # Imports now what it imports late.
+    # Import all modules now: an import is a system event too.
     config_files.editor_of(config_files.AgentCli(kind)).add(b"", folder)
     for line in sys.stdin:
         child = os.fork()

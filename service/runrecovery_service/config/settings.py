@@ -154,7 +154,7 @@ class TlsSettings:
     Attributes:
         certificate: the certificate of the service in PEM, followed by the intermediate ones.
         key: its private key in PEM, without a password.
-        client_ca: the certificates in PEM that sign those of clients.
+        client_ca: the certificates in PEM that sign the certificates of clients.
         client_auth: `"require"`: a client needs a certificate that `client_ca` has signed.
     """
 
@@ -174,8 +174,8 @@ class CallerSettings:
         token_sha256: the SHA-256 of the token in hexadecimal, or a list of at most two, so that a
             token can be replaced.
         token_file: a file with one token, or two, each on its own line; instead of `token_sha256`.
-        certificate_name: a URI or DNS name in the caller's certificate, or the common name of one
-            that has neither.
+        certificate_name: a URI or DNS name in the caller's certificate, or the common name of a
+            certificate that has neither.
         engines: the engines whose runs the caller may create, see and change. Without this key all.
         max_calls: calls and streams of the caller at one time. Without this key only the limits of
             the service apply.
@@ -221,7 +221,7 @@ class WebhookSettings:
     Attributes:
         name: the name in the log and in `runrecovery webhooks`. Waiting deliveries belong to the
             name, also after a change of the other keys.
-        url: gets a POST for each event. `http://` goes to private addresses only.
+        url: gets a POST for each event. `http://` needs `allow_private` or `insecure_http`.
         secret_file: a file with the secret on a line of its own, or with at most two secrets:
             `whsec_…`, as Standard Webhooks defines it.
         events: `"WAITING_USER"`, `"ENDED"`, `"RECOVERED"`.

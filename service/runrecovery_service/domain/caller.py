@@ -25,7 +25,7 @@ _ALPHABETS: Final = (
 
 
 NO_TOKEN_DIGEST: Final = sha256(b"").hexdigest()
-"""What `sha256sum` prints of an empty file: the digest of no token."""
+"""The SHA-256 of an empty text. A configuration that has it was made from an empty token file."""
 
 
 class Role(IntEnum):

@@ -203,7 +203,7 @@ class RunQuarantined(Refused):
 
 @dataclass(eq=False)
 class RunOfAnotherInstance(Refused):
-    """The run belongs to another instance on the same database. Only that one can do this."""
+    """The run belongs to another instance on the same database, which alone can answer the call."""
 
     instance: str
 
@@ -455,7 +455,7 @@ class Fenced(RunRecoveryError):
 class CommitsLost(Fenced):
     """The database lacks commits that it had acknowledged: a failover or a restored copy lost them.
 
-    What this service has in memory no longer agrees with the database.
+    The state of this service in memory no longer agrees with the database.
 
     Attributes:
         since: the latest time whose commits are certainly there; None: not known.

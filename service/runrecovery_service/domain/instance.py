@@ -11,7 +11,7 @@ from runrecovery_service.domain.run import RunStatus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceState:
-    """An instance, its lease, and what it owns.
+    """An instance, its lease, its runs and its slots.
 
     Attributes:
         is_alive: its lease runs, by the clock of the database.

@@ -1,4 +1,4 @@
-"""The plan of a restart: what it would decide now. It uses `decide` and changes nothing."""
+"""The plan of a restart: the decisions that it would make now, by `decide`. Changes nothing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedDecision:
-    """A run and what a restart would decide for it."""
+    """A run and the decision that a restart would make for it."""
 
     run_id: str
     engine: str

@@ -21,7 +21,7 @@ class Cause(StrEnum):
 
 
 class ContainmentLevel(StrEnum):
-    """How reliably a start finds the processes of a run that lost its service. Ascending."""
+    """How reliably a start finds processes that lost their service. In ascending order."""
 
     NONE = "NONE"
     """A process that the probe had launched was not found again."""
@@ -84,7 +84,7 @@ class OrphanCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphan:
-    """A process that outlived the service that had launched it, and what was done to it.
+    """A process that outlived the service that had launched it, and the signals that it got.
 
     Attributes:
         evidence: how it was proved to belong to its launch; a value of `process.markers.Proof`.
@@ -130,7 +130,7 @@ class TrustRemoval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustClearing:
-    """The entries that were removed from the files of agent CLIs, and those that were not.
+    """The trust entries that a recovery removed from the files of agent CLIs, and those that stay.
 
     Attributes:
         failures: one sentence for each failed removal. It fails again until somebody repairs the

@@ -17,7 +17,7 @@ class RetentionKind(StrEnum):
     OUTPUTS = "outputs"
     """The kept output of ended runs."""
     WORKSPACES = "workspaces"
-    """The other files of ended runs: workspaces, and what launches left."""
+    """The other files of ended runs: workspaces and the files of launches."""
     EVENTS = "events"
     """The events of ended runs."""
     RECEIPTS = "receipts"

@@ -239,7 +239,7 @@ class Run:
         max_run_s: the time limit of the whole run, in seconds. None: no limit.
         max_resumes: how often one interrupted turn may be resumed; 0: never.
         resume_count: how often the latest turn was resumed.
-        resume_at: before that time no process is launched for the run. None: no such time.
+        resume_at: the earliest time of the next launch. None: at once.
         usage: the usage of its turns so far; None until the first report.
         budget: the limits on this usage.
         input: None if the view omits it.

@@ -74,7 +74,7 @@ class Usage:
         return Usage(**tokens, cost_nanos=cost, model=self.model or floor.model)
 
     def covers(self, part: Usage) -> bool:
-        """Return True if no number of `part` is greater than the one here."""
+        """Return True if no number of `part` is greater than the same number of this usage."""
         rest = self.minus(part)
         numbers: list[int] = [getattr(rest, name) for name in TOKEN_FIELDS]
         return min(*numbers, rest.cost_nanos or 0) >= 0
@@ -252,9 +252,9 @@ def at_end_of_turn(
 ) -> TurnUsage | None:
     """Return the usage of a turn that has ended.
 
-    A total that the agent reported counts as it is. Without a total, the calls count that were
-    added to the session file since the turn began, and at least those that the agent reported. If
-    the file has fewer calls than before, only the reported ones count.
+    A total that the agent reported counts as it is. Without a total, the result is the usage of the
+    calls that were added to the session file in this turn, but at least the usage that the agent
+    reported. If the file has fewer calls than before, only the reported usage counts.
 
     Args:
         reported: the report of the agent: a total, or single calls if it was killed; None: no

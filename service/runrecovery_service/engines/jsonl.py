@@ -64,7 +64,8 @@ def resume_message(run: RunContext, resumed: Resumed) -> bytes:
 
 
 def _interruption(interruption: Interruption) -> JsonObject:
-    """Return what happened. `reply` is the one that the interrupted process had received."""
+    """Return the interruption as JSON. `reply` is the reply that the killed process had
+    received."""
     fields: JsonObject = {
         "at": interruption.at.isoformat(),
         "cause": interruption.cause.value.lower(),

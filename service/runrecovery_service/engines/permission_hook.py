@@ -74,8 +74,8 @@ def decide(call: Json, rules: Json, folder: str, turn: str) -> Json | None:
     Args:
         call: as Claude Code describes it.
         rules: `patterns`; `deferred`, the ids of calls that were deferred in earlier turns; and
-            the `grant` that the user gave: `name` (of the file that says that it was used),
-            `call_id` (None: a repetition of the call), `tool`, `input`, `answer`.
+            `grant`, the answer of the user: `name` (of the file that marks it as used), `call_id`
+            (None: for a repetition of the call), `tool`, `input`, `answer`.
         folder: the folder of the files.
         turn: the number of the turn, a part of the names of its files.
     """

@@ -1,7 +1,7 @@
 """Serves the metrics over HTTP, without authentication.
 
-The server of prometheus-client is not used, because it starts a thread for each connection without
-a limit, and waits for ever for a client that sends nothing. This server reads one small request
+The server of prometheus-client is not used: it starts a thread for each connection, without a
+limit, and waits for ever for a client that sends nothing. This server reads one small request
 from each connection, answers and closes, within a time limit, and limits the number of connections.
 A new connection replaces one that has sent nothing, so that idle ones cannot keep Prometheus out.
 """

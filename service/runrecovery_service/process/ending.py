@@ -17,10 +17,10 @@ class Ending:
 
     Attributes:
         found: processes that were alive when they were found.
-        ended: those of them that are dead now.
-        dead: pid and start ticks of the dead ones.
+        ended: found processes that are dead now.
+        dead: pid and start ticks of these dead processes.
         refused: one sentence for each process that could not or must not be ended.
-        orphans: each found process, and what was done to it.
+        orphans: each found process, with the signals that it got.
         gone: no process of the launch is alive, its shim included.
     """
 

@@ -130,7 +130,7 @@ def _read_escaped(process: ShimmedProcess) -> Proc | None:
 
 
 def _find_and_kill(markers: LaunchMarkers) -> set[tuple[int, int]]:
-    """Kill every process that carries a marker, in one scan; return those that died."""
+    """Kill every process that carries a marker, in one scan; return the processes that died."""
     index = MarkerIndex([markers])
     snapshot = procfs.scan()
     protected = protected_pids(snapshot, own_pid=os.getpid())

@@ -1,4 +1,4 @@
-"""Reads /proc and parses what it says about processes.
+"""Reads and parses the files of processes in /proc.
 
 The shim imports this module too, so it imports only light modules of the standard library.
 """

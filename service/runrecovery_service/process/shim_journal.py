@@ -1,4 +1,4 @@
-"""The journal of one launch: what is known of the launch when its service is dead.
+"""The journal of one launch, which also records what happens while the service is dead.
 
 The shim records the signals that it sends by itself, and how the agent ended. The service records
 that it has kept the whole output. A machine that crashes may lose any of it.

@@ -33,8 +33,8 @@ def send(
 
     Args:
         pid: for the audit only. The signal is sent through `pidfd`.
-        pidfd: opened before this call. What `prove` reads of `pid` is therefore true of the process
-            that gets the signal, or that process has ended and no other one gets it.
+        pidfd: opened before this call. So `prove` reads about the process that gets the signal.
+            If that process has ended and another one has its pid, no process gets the signal.
         number: the signal.
         prove: reads from /proc what proves the process and returns its name, or None.
         audit: called with pid, name of the signal, proof and outcome, whatever the outcome is.

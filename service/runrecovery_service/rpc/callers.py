@@ -4,7 +4,7 @@ A call carries a bearer token as metadata, or comes on a connection with a certi
 has a token, only the token counts: a call with a wrong token is refused, whatever its certificate.
 
 Tokens are compared by their SHA-256, in constant time. The digests are looked up under a random key
-of this process, so that the time of a lookup says nothing about the stored ones.
+of this process, so that the time of a lookup shows nothing about the stored digests.
 """
 
 from __future__ import annotations
@@ -188,9 +188,9 @@ class CallerGuard:
     async def admit(self, context: Context, method: str, needed: Role) -> Caller:
         """Return the caller and set `CALLER` of this task to it; or end the call with its status.
 
-        Call `release` afterwards. The call is ended when neither its token nor its certificate
-        belongs to a caller, when the caller's role is less than `needed`, and when the caller has
-        reached its limit of calls in progress.
+        Call `release` afterwards. There are three reasons to end the call: neither its token nor
+        its certificate belongs to a caller; the caller's role is less than `needed`; or the caller
+        has reached its limit of calls in progress.
         """
         try:
             caller = self._identify(context)

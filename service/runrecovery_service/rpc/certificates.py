@@ -31,7 +31,7 @@ class TlsFiles:
     Attributes:
         certificate: its certificate, followed by the intermediate ones.
         key: the private key of the certificate, without a password.
-        client_ca: certificates that sign those of clients. None: clients need no certificate.
+        client_ca: certificates that sign the certificates of clients. None: clients need none.
     """
 
     certificate: Path

@@ -111,7 +111,7 @@ def health_handlers(
 def reflection_handlers(
     servicer: ReflectionServicer, calls: OpenCalls, *, guard: CallerGuard | None = None
 ) -> tuple[grpc.GenericRpcHandler, ...]:
-    """Return the one servicer under the names of both versions."""
+    """Return the handlers of reflection v1 and v1alpha, which share one servicer."""
 
     def handler(version: str) -> grpc.RpcMethodHandler[bytes, bytes]:
         return standard_handlers.bidirectional_stream(

@@ -94,7 +94,7 @@ def fill_explanation(to: recovery_service_pb2.RecoveryExplanation, seen: Recorde
 def fill_planned_decision(
     to: recovery_service_pb2.PlannedDecision, planned: PlannedDecision
 ) -> None:
-    """Fill a message with what a restart would decide for one run."""
+    """Fill a message with the decision that a restart would make for one run."""
     verdict = planned.decision
     to.run_id = planned.run_id
     to.engine = planned.engine
@@ -165,7 +165,7 @@ def fill_reconciliation(to: recovery_pb2.Reconciliation, report: Reconciliation)
 
 
 def fill_containment(to: recovery_pb2.Containment, proved: Containment) -> None:
-    """Fill a message with what the containment probe proved."""
+    """Fill a message with the result of the containment probe."""
     to.level = CONTAINMENT_LEVEL_TO_PROTO[proved.level]
     to.detail = proved.detail
 
@@ -238,7 +238,7 @@ def fill_webhook(to: recovery_service_pb2.Webhook, status: WebhookStatus) -> Non
 
 
 def fill_instance(to: recovery_service_pb2.Instance, state: InstanceState) -> None:
-    """Fill a message with an instance, its lease, and what it owns."""
+    """Fill a message with an instance, its lease, its runs and its slots."""
     to.name, to.epoch, to.alive = state.name, state.epoch, state.is_alive
     to.host_id, to.version = state.host_id, state.version
     to.engines.extend(state.engines)

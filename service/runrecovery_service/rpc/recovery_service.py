@@ -70,7 +70,7 @@ class RecoveryDeps:
 
 
 class RecoveryService:
-    """The methods of runrecovery.v1.RecoveryService; `server.py` finds them by name."""
+    """The methods of runrecovery.v1.RecoveryService. `method_handlers.py` finds them by name."""
 
     def __init__(self, deps: RecoveryDeps, gate: Gate) -> None:
         self._storage = deps.storage
@@ -211,7 +211,7 @@ class RecoveryService:
         return response
 
     async def get_instances(self, _request: pb.GetInstancesRequest) -> pb.GetInstancesResponse:
-        """Return the instances that use the database, and what each owns."""
+        """Return the instances that use the database, with their runs and slots."""
         response = pb.GetInstancesResponse()
         for state in await self._storage.read(peers.list_instances):
             recovery_messages.fill_instance(response.instances.add(), state)

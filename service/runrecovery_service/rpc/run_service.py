@@ -74,7 +74,7 @@ class RunDeps:
 
 
 class RunService:
-    """The methods of runrecovery.v1.RunService; `server.py` finds them by name."""
+    """The methods of runrecovery.v1.RunService. `method_handlers.py` finds them by name."""
 
     def __init__(self, deps: RunDeps, gate: Gate) -> None:
         self._deps = deps
@@ -247,7 +247,7 @@ class RunService:
     def stream_output(
         self, request: pb.StreamOutputRequest
     ) -> AsyncGenerator[pb.StreamOutputResponse, None]:
-        """Stream what the processes of one attempt wrote."""
+        """Stream the output of the processes of one attempt."""
         reader = OutputReader(
             self._storage, self._deps.output, self._gate, instance=self._deps.owner.instance
         )

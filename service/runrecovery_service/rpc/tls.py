@@ -77,7 +77,7 @@ class ServerTls:
         )
 
     def present(self) -> Certificate:
-        """Return what the files hold, as it is used now. This may block: call it in a thread."""
+        """Return the content of the files that is in use now. Call it in a thread: it may block."""
         with self._lock:
             self._follow_files()
             return self._found

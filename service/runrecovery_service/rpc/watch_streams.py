@@ -1,7 +1,7 @@
 """Streams of the events of one run, and of the decisions of restarts.
 
-Nothing is buffered for a reader. Each reads from the database after the last response it got, so a
-slow reader costs no memory, and a broken stream can be resumed later.
+Nothing is buffered for a reader. A stream always reads the events after its last response from the
+database. So a slow reader costs no memory, and a broken stream can be resumed later.
 """
 
 from __future__ import annotations

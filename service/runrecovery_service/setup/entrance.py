@@ -31,7 +31,7 @@ PROBE_CONNECTIONS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Entrance:
-    """Access for callers.
+    """Access for callers: encryption, admission, and limits on connections.
 
     Attributes:
         connections: the most connections to all addresses of `listen` together.

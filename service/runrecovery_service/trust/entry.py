@@ -32,7 +32,7 @@ service created it, so that the removal of the last entry also removes the conta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """The edit that `add` made for one folder. Store it, because `remove` needs it.
+    """The record of an entry that `add` has written. Store it, because `remove` needs it.
 
     Attributes:
         owned: the service added the entry. False: the folder was already trusted, so `remove` does
@@ -154,7 +154,7 @@ class Editor(Protocol):
 
 
 RemoveSome: TypeAlias = Callable[[bytes | None, Mapping[str, Added]], Removals]
-"""Removes those of several entries that can be removed at once; none if that is not certain."""
+"""Removes several entries at once, as far as that is certain to be safe; perhaps none."""
 
 
 def in_rounds(

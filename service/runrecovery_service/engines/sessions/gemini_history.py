@@ -87,10 +87,11 @@ def _is_wanted(part: JsonObject, calls: dict[str, JsonObject]) -> bool:
 def _close(
     messages: Mapping[str, JsonObject], caller: str | None, calls: Mapping[str, JsonObject]
 ) -> dict[str, JsonObject]:
-    """Return the message with the last calls, with a response for those that have none yet.
+    """Return the message of the model with the last calls, so that each of them has one response.
 
-    Its `toolCalls` may hold a response of every call. Those of the other calls are removed. Calls
-    without an id stay as they are: the CLI itself pairs them with responses.
+    Calls that have no response get one. `toolCalls` of the message may have a response of every
+    call; the responses of calls that have another one are removed. Calls without an id stay as
+    they are, because the CLI itself pairs them with responses.
     """
     if caller is None:
         return {}

@@ -49,7 +49,7 @@ class Excerpt:
 
     Attributes:
         head: the beginning, with at least one line unless that line is too long.
-        tail: the end, or what was the end when the question was recorded.
+        tail: the present end, or the end at the time when the question was recorded.
         tail_is_all: the tail is the whole file.
     """
 
