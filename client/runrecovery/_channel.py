@@ -68,7 +68,7 @@ class Tls:
     """TLS of a connection. The files are in PEM, and are read once, when the client is made.
 
     Attributes:
-        ca: the certificates that sign the service's. None: the roots that gRPC trusts.
+        ca: the authorities of the service's certificate. None: the roots that gRPC trusts.
         certificate: the client's own certificate, if the service demands one.
         key: the private key of `certificate`.
         server_name: the name in the service's certificate, if it differs from the target's.

@@ -195,7 +195,15 @@ class RunWatch(Reader[run_service_pb2.WatchRunResponse]):
         return self._last is None or self._is_new(sequence, by=0)
 
     def _is_new(self, sequence: int, *, by: int) -> bool:
-        """Return whether a message that adds `by` events is new, not delivered before."""
+        """Return whether the reader has not seen this message yet.
+
+        Args:
+            sequence: the sequence of the message.
+            by: how many events the message adds to those before it: 1 for an event, else 0.
+
+        Raises:
+            WatchGap: events before the message are missing, also in a reopened stream.
+        """
         if self._last is None:
             if by:
                 raise WatchGap(f"watch of run {self._run_id!r} began without a snapshot")

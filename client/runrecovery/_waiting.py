@@ -47,8 +47,8 @@ class Backoff:
     def pause_s(self, *, at_least_s: float = 0.0) -> float:
         """Return the seconds to pause: those that the service asked for, plus the jitter.
 
-        Added, because the service asks all clients for the same pause, and they must not all retry
-        at the same time.
+        Both are added, because the service asks all clients for the same pause, and they must not
+        all retry at the same time.
         """
         pause = at_least_s + self._uniform(0.0, self._ceiling_s)
         self._ceiling_s = min(self._ceiling_s * 2, self._longest_s)

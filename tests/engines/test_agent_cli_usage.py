@@ -1,4 +1,5 @@
-"""The usage that the agent CLIs report, in one meaning, and its part in a resumed session."""
+"""The usage that the agent CLIs report, in the service's units, and the part of a resumed
+process."""
 
 from __future__ import annotations
 

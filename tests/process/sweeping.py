@@ -38,7 +38,10 @@ def end(
 
 
 def once(holds: Callable[[], bool]) -> Callable[[], float]:
-    """Return a clock that starts with a condition: the first scan may outlast a short grace."""
+    """Return a clock that stands still until a condition holds.
+
+    Otherwise a short grace could be over before the first scan has ended.
+    """
     began: list[float] = []
 
     def clock() -> float:

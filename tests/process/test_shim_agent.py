@@ -172,7 +172,7 @@ def test_no_other_user_can_read_the_shim_in_proc(tmp_path: Path) -> None:
 
 @contextmanager
 def inherited_by_mistake() -> Iterator[None]:
-    """A service with an open door, deaf for signals: nothing of it may reach the agent."""
+    """Open an inheritable pipe, and ignore and block signals. The agent must get none of it."""
     read, write = os.pipe()
     os.set_inheritable(write, True)  # noqa: FBT003 - that is its signature
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The journal of a launch: how the agent ended, for a start after which the service was dead."""
+"""The journal of a launch tells a start how an agent ended while no service was running."""
 
 from __future__ import annotations
 

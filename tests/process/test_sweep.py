@@ -222,7 +222,7 @@ def test_a_stopped_shim_is_killed_after_its_whole_tree(
 
 
 def test_a_gated_shim_is_killed(start: Start, signals: Signals) -> None:
-    """Its service hangs, so the shim would wait for ever. It guards no agent yet."""
+    """The service of the shim hangs, so the shim would wait for ever. It guards no agent yet."""
     tree = start(["/bin/true"], release=False)
 
     assert end(tree.lease) == Ending(gone=True)

@@ -193,7 +193,7 @@ def test_long_text_is_clipped_within_its_limit() -> None:
     assert len(errors.clip_bytes("é" * 300, 100).encode()) <= 100
 
 
-TOLD = {
+ANSWERED_AS = {
     "ClaimLost": ("UNAVAILABLE", "SHUTTING_DOWN", True),
     "CommitsLost": ("UNAVAILABLE", "SHUTTING_DOWN", True),
     "EtagMismatch": ("ABORTED", "ETAG_MISMATCH", False),
@@ -242,7 +242,7 @@ def test_each_error_has_the_code_and_reason_of_the_contract(error: RunRecoveryEr
     failure = errors.status_of(error)
     details = details_of(failure)
 
-    assert (failure.code.name, details["ErrorInfo"].reason, "RetryInfo" in details) == TOLD[
+    assert (failure.code.name, details["ErrorInfo"].reason, "RetryInfo" in details) == ANSWERED_AS[
         type(error).__name__
     ]
-    assert len(TOLD) == len(EXAMPLES)
+    assert len(ANSWERED_AS) == len(EXAMPLES)

@@ -33,8 +33,8 @@ else:
     say(type="result", output={})
 say(type="usage", input_tokens=message["input"].get("at_end", 0), output_tokens=1)
 """
-"""Reports `reports` in its first process, works until it is interrupted, or asks; and reports
-`at_end` after its question or result."""
+"""An agent that reports `reports` in its first process, and then asks, or works until it is
+interrupted. After its question or result it reports `at_end`."""
 
 
 def engines(**keys: int) -> dict[str, EngineSpec]:

@@ -63,9 +63,9 @@ class _Messages(io.FileIO):
 def prepare() -> None:
     """Make the three streams usable.
 
-    The number of a closed descriptor would be reused for the next file or socket, and messages
-    would be written there. It becomes /dev/null instead, opened for the wrong direction, so that
-    using it is an error.
+    If a stream is closed, its descriptor number would go to the next file or socket, and messages
+    would be written there. So /dev/null gets this number, opened for the wrong direction: every
+    read or write then fails.
     """
     for descriptor, flags in _WRONG_WAY.items():
         try:

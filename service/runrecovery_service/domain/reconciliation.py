@@ -28,7 +28,7 @@ class ContainmentLevel(StrEnum):
     COOKIE = "COOKIE"
     """Processes are found while they keep their environment or their parents."""
     WATERMARK = "WATERMARK"
-    """Processes are found unless they change their limits with privileges."""
+    """Processes are found unless they change their limits on purpose."""
 
     @property
     def is_strict(self) -> bool:

@@ -154,12 +154,12 @@ def _model(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionUsage:
-    """The usage of a session so far, to compute the part of the next process from its total.
+    """The usage of a session so far. Some CLIs report the total of the session, not of one process.
 
     Attributes:
         total: the latest total that a process of the session reported; None: no total yet.
-        calls: the usage since then of turns that were cut off before they reported a total. The
-            next total may include this usage or not. It is recorded, so it must not count twice.
+        calls: the usage of later turns that were cut off before they reported a total. The next
+            total may include this usage or not. It has been counted, and must not count twice.
         stored: the usage of all calls that the session file had at the end of the latest turn.
             None: not known.
     """
@@ -169,19 +169,18 @@ class SessionUsage:
     stored: Usage | None = None
 
     def plus_calls(self, calls: Usage) -> SessionUsage:
-        """Return a copy that has more calls, of a turn that has not reported its total."""
+        """Return a copy with the calls of one more turn that was cut off."""
         return replace(self, calls=calls if self.calls is None else self.calls.plus(calls))
 
     def since(self, total: Usage, *, at_least: Usage | None = None) -> Usage:
-        """Return the usage of a new process by the total of the session that it reports.
+        """Return the usage of the next process alone, which has reported `total`.
+
+        This is the difference to the latest total, without `calls`, but at least `at_least`. If a
+        number of the difference is negative or below `at_least`, then `total` is not that of the
+        session but of the process alone, and is returned as it is.
 
         Args:
-            at_least: what the process has certainly used; None: not known.
-
-        Returns:
-            The difference to the latest total, less `calls`, but no number below `at_least`. Or
-            the whole total, if the difference is impossible: if one of its numbers is negative or
-            below `at_least`, the process does not count over the session.
+            at_least: the usage that the process certainly had; None: not known.
         """
         least = at_least or Usage()
         part = total.minus(self.total or Usage())
@@ -190,7 +189,7 @@ class SessionUsage:
         return part if self.calls is None else part.minus(self.calls).at_least(least)
 
     def before(self, turn: Usage) -> SessionUsage:
-        """Return a copy without the usage of a turn that this one already includes."""
+        """Return the usage of the session before a turn, which this object already includes."""
         calls = self.calls or Usage()
         if calls.covers(turn):
             left = calls.minus(turn)
@@ -204,8 +203,7 @@ class TurnUsage:
 
     Attributes:
         turn: the part of the turn, since the start of its process.
-        session: the usage of the session, by which the next process's part is computed; None: it
-            has not changed.
+        session: the new usage of the session, for the next process; None: it has not changed.
     """
 
     turn: Usage
@@ -228,8 +226,8 @@ class StoredUsage:
 
     Attributes:
         calls: the usage of all calls since the session began.
-        total: the total to which the next process of the session adds. None: each process reports
-            only its own usage, or `is_open`.
+        total: the total of the session, to which the next process will add its usage. None: the CLI
+            reports the usage of each process alone, or the total is not certain (`is_open`).
         is_open: the next total of the session may include the calls of killed turns, or not.
     """
 
@@ -313,7 +311,12 @@ class Budget:
         return None
 
     def why_used_up_by(self, used: TurnUsage | None, *, before: Usage | None) -> str | None:
-        """Do the same as `why_used_up` for a run that had used `before` when the turn began."""
+        """Return the sentence of `why_used_up` in the middle of a turn.
+
+        Args:
+            used: the usage of the turn so far; None: none was reported.
+            before: the usage of the run when the turn began; None: none was reported.
+        """
         if used is None:
             return self.why_used_up(before)
         return self.why_used_up(used.turn if before is None else before.plus(used.turn))

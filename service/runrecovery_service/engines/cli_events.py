@@ -136,7 +136,8 @@ CliEvent: TypeAlias = (
 ReadEvent: TypeAlias = Callable[[JsonObject], Iterable[CliEvent]]
 """Yields the events in one output line of a CLI. It must not raise, whatever the line contains."""
 ReadsFailure: TypeAlias = Callable[[int | None, str], bool]
-"""Returns from exit code and error text of a failed turn whether it failed for a certain reason."""
+"""Returns whether a turn failed for a certain reason, by its exit code and the text of its
+error."""
 ReadUsage: TypeAlias = Callable[[JsonObject], UsageReported | CallReported | None]
 """Returns the usage that an output line reports; None: no usage, or impossible numbers. It must not
 raise either."""

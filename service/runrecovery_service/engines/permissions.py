@@ -99,9 +99,9 @@ class DeferredCalls:
 
     Attributes:
         workspace, deferred: as in `RunContext`.
-        has_prompt: the process gets a prompt. When it resumes, it first returns to a call that is
-            still deferred, and the hook defers that again. If the process has ended, True is right
-            in any case: without a prompt, a call that is deferred again is no question either.
+        has_prompt: the process gets a prompt. A resumed process first returns to a call that is
+            still deferred, and the hook defers this call again. Only then does the process read its
+            prompt. For the kept output of an ended process, True and False mean the same.
     """
 
     permissions: Permissions

@@ -1,7 +1,7 @@
 """The trees of all launches of one sweep: pins their processes and proves that they belong.
 
 A process is pinned by an open pidfd. It is proved once a marker was read while that pidfd was open.
-Only then it is certain that the marker and the pidfd are of the same process.
+Only then is it certain that the marker and the pidfd belong to the same process.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def send(
         pidfd: opened before this call. So `prove` reads about the process that gets the signal.
             If that process has ended and another one has its pid, no process gets the signal.
         number: the signal.
-        prove: reads from /proc what proves the process and returns its name, or None.
+        prove: returns the name of the proof that /proc shows now, or None if there is none.
         audit: called with pid, name of the signal, proof and outcome, whatever the outcome is.
 
     Returns:

@@ -199,7 +199,7 @@ async def _hosts(name: str) -> set[str]:
 def count_addresses(listen: str) -> int:
     """Return how many addresses `listen` may stand for: gRPC limits connections per address.
 
-    A name counts as at least two, because gRPC resolves `localhost` to both on every system.
+    A name counts as at least two, because gRPC resolves `localhost` to an IPv4 and an IPv6 address.
     """
     host, colon, _ = listen.rpartition(":")
     if not colon or listen.startswith(("unix:", "unix-abstract:")):

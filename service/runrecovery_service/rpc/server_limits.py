@@ -36,8 +36,8 @@ class ServerLimits:
         max_connections: concurrent connections.
         idle_s: a connection without calls is closed after this many seconds.
         handshake_s: a connection without a finished handshake is closed after this many seconds.
-        calls_per_connection: calls and streams of one connection at one time. None: from the limit
-            of streams.
+        calls_per_connection: calls and streams of one connection at one time. None: computed from
+            the limit of streams.
         max_age_s: every connection is closed after this many seconds. None: it may stay.
     """
 

@@ -141,7 +141,10 @@ class ServerTls:
         _log_loaded(self._files, found)
 
     def _follow_client_ca(self) -> None:
-        """Follow `client_ca` alone: a refused pair must not let a removed authority in."""
+        """Use a changed `client_ca` although the new pair was refused.
+
+        Otherwise clients of an authority that was removed from it could still connect.
+        """
         try:
             roots = read_client_ca(self._files)
         except TlsUnusable:  # the refusal names it, unless the pair is refused for another reason

@@ -52,7 +52,7 @@ class _BookmarkTimer:
 
     @property
     def left_s(self) -> float:
-        """Seconds until a bookmark is due. A wake-up without news does not postpone it."""
+        """Seconds until a bookmark is due. A wake-up without a response does not postpone it."""
         return max(0.0, self._since + BOOKMARK_S - self._loop.time())
 
     async def wait(self, woken: asyncio.Event) -> None:

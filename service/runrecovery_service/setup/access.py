@@ -49,7 +49,7 @@ def read_callers(settings: Settings) -> list[Credentials]:
 
 
 def access_problems(settings: Settings) -> list[str]:
-    """Return the problems of TLS and callers, for which a start or a client would refuse them."""
+    """Return the problems of TLS and callers: those that a start refuses, or a client would."""
     problems: list[str] = []
     try:
         read_callers(settings)

@@ -22,11 +22,11 @@ from runrecovery_service.rpc.tls import ServerTls
 from runrecovery_service.setup.access import read_callers, tls_files
 
 HTTP_CONNECTIONS: Final = 2_000
-"""The most connections to `http_listen`. They reduce those of callers, by at most half."""
+"""The most connections to `http_listen`, taken from those to `listen` (at most half of them)."""
 METRICS_CONNECTIONS: Final = 32
-"""The most connections to `metrics_listen`. They reduce those of callers, by at most half."""
+"""The most connections to `metrics_listen`, taken from those to `listen` (at most half)."""
 PROBE_CONNECTIONS: Final = 64
-"""The most connections to `probe_listen`. They reduce those of callers, by at most half."""
+"""The most connections to `probe_listen`, taken from those to `listen` (at most half)."""
 
 
 @dataclass(frozen=True, slots=True)
