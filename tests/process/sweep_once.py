@@ -1,7 +1,8 @@
 """Run one sweep in a process of its own: markers as JSON in argv, result as JSON on stderr.
 
-With "marked" as the next argument this process has the watermark itself. With a number it sweeps as
-that user. It becomes that user after all imports, because the user may lack access to this Python.
+With "marked" as the next argument this process has the watermark itself. With a number as the next
+argument it sweeps as the user with this id. It becomes that user after all imports, because the
+user may lack access to this Python.
 """
 
 from __future__ import annotations

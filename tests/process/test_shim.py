@@ -154,7 +154,7 @@ def test_a_service_that_does_not_read_the_report_keeps_no_process_alive(grow: Gr
 
 
 def fill_up(reading_end: int) -> None:
-    """Fill a pipe by its reading end."""
+    """Fill a pipe of which only the reading end is known."""
     writing_end = os.open(f"/proc/self/fd/{reading_end}", os.O_WRONLY | os.O_NONBLOCK)
     try:
         for size in (4096, 1):

@@ -188,7 +188,7 @@ def be_stubborn(role: str) -> None:
 
 
 def be_a_hydra(role: str) -> None:
-    """Answer SIGTERM with a child."""
+    """Fork a child when SIGTERM comes."""
 
     def answer(*_: object) -> None:
         fork(lambda: in_session(reborn))

@@ -213,7 +213,7 @@ class Signals:
     warning = info
 
     def names(self, pid: object) -> list[object]:
-        """Return the signals to one process."""
+        """Return the names of the signals that one process got, in order."""
         return [line["signal"] for line in self.lines if line["pid"] == pid]
 
     def pids(self) -> set[object]:

@@ -1,4 +1,5 @@
-"""Streams are counted with the code that their caller got, whatever gRPC knows when they end."""
+"""Streams are counted with the code that their caller got, even if gRPC does not know it at the
+end."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def refusal(
     """Call a method with an empty request; return how it was refused, None for an answer.
 
     Args:
-        raw: what is sent instead of the request.
+        raw: the bytes to send instead of the request.
     """
     method = METHODS[path]
     serializer = message_factory.GetMessageClass(method.input_type)

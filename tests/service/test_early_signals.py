@@ -29,7 +29,7 @@ HARMLESS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 @contextmanager
 def read_by(service: ServiceProcess, path: Path) -> Iterator[int]:
-    """Wait until the service reads a FIFO, and yield the end that is written."""
+    """Wait until the service reads a FIFO, and yield the end to which the test writes."""
 
     def open_it() -> int | None:
         assert service.popen.poll() is None, service.text

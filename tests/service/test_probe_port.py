@@ -1,4 +1,4 @@
-"""The address for probes: health checks in plaintext, whatever protects the other one."""
+"""The address for probes: health checks in plaintext, also if `listen` has TLS and callers."""
 
 from __future__ import annotations
 

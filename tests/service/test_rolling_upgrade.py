@@ -1,4 +1,5 @@
-"""Two versions on one PostgreSQL database: the newer one has migrated it beside the older one."""
+"""Two versions on one PostgreSQL database, which the newer one migrates while the older one
+runs."""
 
 from __future__ import annotations
 

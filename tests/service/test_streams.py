@@ -125,7 +125,7 @@ def _named(text: str) -> bytes:
 
 
 def silent_reader(service: ServiceProcess, run_id: str) -> socket.socket:
-    """Request output by bare HTTP/2 and never read, nor grant more than the first window."""
+    """Request output by bare HTTP/2. Never read, and grant no window after the first."""
     host, _, port = service.address.rpartition(":")
     connection = socket.create_connection((host, int(port)))
     headers = b"".join(

@@ -1,4 +1,4 @@
-"""The simplest edit of a file, and the files that it leaves beside it."""
+"""The simplest edit of a file, and the backups and temporary files that it leaves."""
 
 from __future__ import annotations
 

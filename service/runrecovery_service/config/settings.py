@@ -312,14 +312,14 @@ class Settings:
             same homes of agent CLIs, so that a takeover can resume sessions.
         host_return_s: without shared workspaces, how long a run whose session is on the host of a
             dead instance waits for that host.
-        recovery_batch_rows: most runs that one transaction decides.
-        recovery_batch_s: target duration of one such transaction.
+        recovery_batch_rows: the most runs that one transaction of a recovery decides.
+        recovery_batch_s: the duration that such a transaction should have.
         recovery_tries: failed recoveries after which the service exits.
         recovery_backoff_s: the pause after the first failed recovery. Each further pause is twice
             as long.
         safe_mode_after: the number of starts in a row without a finished recovery after which a
             start launches nothing; 0: never.
-        safe_mode_window_s: the time within which such starts are counted.
+        safe_mode_window_s: the time within which starts without a finished recovery are counted.
         lease_ttl_s: how long the lease of the instance, and every process tree, lasts after the
             last renewal. The lease is renewed five times in this time.
         containment: `best_effort`, or `strict`: refuse to start if the probe cannot prove that

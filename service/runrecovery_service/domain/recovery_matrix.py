@@ -15,7 +15,7 @@ from runrecovery_service.domain.run import ErrorCode, Profile, RecoveryState, Ru
 
 
 class Fact(Flag):
-    """The facts about a run that a restart uses, beside its status and profile."""
+    """The facts that a restart uses about a run, in addition to its status and its profile."""
 
     PENDING = auto()
     """An open question is stored and readable."""

@@ -62,7 +62,7 @@ class Lease(Protocol):
 
 
 class Owns(Protocol):
-    """The part of `Ownership` that the metrics read."""
+    """The part of `ownership.Ownership` that the metrics read."""
 
     @property
     def owner(self) -> Owner:

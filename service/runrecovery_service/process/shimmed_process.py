@@ -186,7 +186,7 @@ class ShimmedProcess:
                 os.close(self.gate)
 
     def close(self) -> None:
-        """Close all pipes. The gate is one of them, so the shim kills what is alive."""
+        """Close all pipes. The gate is one of them, so the shim kills all processes that live."""
         self.close_gate()
         self.close_report()
         for pipe in (self.stdin, self.stdout, self.stderr):

@@ -64,8 +64,8 @@ def read_certificate(files: TlsFiles) -> Certificate:
     """Read the files and try them.
 
     Raises:
-        TlsUnusable: a file cannot be read, holds something else, key and certificate differ, or
-            gRPC cannot use such a key.
+        TlsUnusable: a file cannot be read or holds something else, the key is not that of the
+            certificate, or gRPC cannot use this kind of key.
     """
     chain, key = _read(files.certificate), _read(files.key)
     roots = read_client_ca(files)

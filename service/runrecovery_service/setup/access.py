@@ -109,7 +109,7 @@ def _read_tokens(file: Path) -> Iterator[bytes]:
 
 
 def _shared_tokens(found: list[Credentials]) -> Iterator[str]:
-    """Yield a problem for each two callers with a token in common."""
+    """Yield a problem for each pair of callers with the same token."""
     owner: dict[bytes, str] = {}
     for each in found:
         for digest in set(each.tokens):

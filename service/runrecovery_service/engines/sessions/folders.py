@@ -31,7 +31,7 @@ class NotKnown(Exception):
 def is_away(home: Path) -> bool:
     """Return True for a home that is missing or empty, for example because it is not mounted.
 
-    Files that this service puts beside those of a CLI do not count.
+    A home with only files of this service (locks, backups) counts as empty.
 
     Raises:
         OSError: the folder cannot be read.
