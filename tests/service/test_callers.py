@@ -18,46 +18,15 @@ from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery.v1.run_pb2 import RunEventKind
 from support.api import Api, Refusal, refusal_of, refused
-from support.callers import caller, digest_of, token_of
+from support.callers import EXPECTED, RECOVERY, REFLECTION, ROLES, RUNS, caller, digest_of, token_of
 from support.service import Home, ServiceProcess
 from support.waiting import until
 
-ROLES = ("viewer", "replier", "creator", "operator")
 SECOND = token_of("a second token of twice")
 FILED = token_of("filed")
-RUNS, RECOVERY = "runrecovery.v1.RunService", "runrecovery.v1.RecoveryService"
-REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
 UNKNOWN = (grpc.StatusCode.UNAUTHENTICATED, "CALLER_UNKNOWN")
 DENIED = (grpc.StatusCode.PERMISSION_DENIED, "ROLE_NOT_SUFFICIENT")
-EXPECTED = {
-    f"{RUNS}/CreateRun": ("creator", "operator"),
-    f"{RUNS}/GetRun": ROLES,
-    f"{RUNS}/ListRuns": ROLES,
-    f"{RUNS}/WatchRun": ROLES,
-    f"{RUNS}/SubmitReply": ("replier", "creator", "operator"),
-    f"{RUNS}/CancelRun": ("replier", "creator", "operator"),
-    f"{RUNS}/ReopenRun": ("creator", "operator"),
-    f"{RUNS}/ListInteractions": ROLES,
-    f"{RUNS}/StreamOutput": ROLES,
-    f"{RECOVERY}/GetRecoveryInfo": ROLES,
-    f"{RECOVERY}/ListRecovered": ROLES,
-    f"{RECOVERY}/WatchRecovered": ROLES,
-    f"{RECOVERY}/ExplainRecovery": ROLES,
-    f"{RECOVERY}/PlanRecovery": ("operator",),
-    f"{RECOVERY}/GetRecoveryStatus": ROLES,
-    f"{RECOVERY}/GetInstances": ("operator",),
-    f"{RECOVERY}/ListReconciliations": ("operator",),
-    f"{RECOVERY}/GetReconciliation": ("operator",),
-    f"{RECOVERY}/Prune": ("operator",),
-    f"{RECOVERY}/ListWebhooks": ("operator",),
-    f"{RECOVERY}/RetryWebhook": ("operator",),
-    f"{REFLECTION[0]}/ServerReflectionInfo": ROLES,
-    f"{REFLECTION[1]}/ServerReflectionInfo": ROLES,
-    "grpc.health.v1.Health/Check": ("nobody", "stranger", *ROLES),
-    "grpc.health.v1.Health/List": ("nobody", "stranger", *ROLES),
-    "grpc.health.v1.Health/Watch": ("nobody", "stranger", *ROLES),
-}
 
 
 def _methods() -> dict[str, MethodDescriptor]:

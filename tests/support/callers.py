@@ -3,6 +3,43 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Final
+
+ROLES: Final = ("viewer", "replier", "creator", "operator")
+RUNS, RECOVERY = "runrecovery.v1.RunService", "runrecovery.v1.RecoveryService"
+REFLECTION: Final = (
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+)
+EXPECTED: Final = {
+    f"{RUNS}/CreateRun": ("creator", "operator"),
+    f"{RUNS}/GetRun": ROLES,
+    f"{RUNS}/ListRuns": ROLES,
+    f"{RUNS}/WatchRun": ROLES,
+    f"{RUNS}/SubmitReply": ("replier", "creator", "operator"),
+    f"{RUNS}/CancelRun": ("replier", "creator", "operator"),
+    f"{RUNS}/ReopenRun": ("creator", "operator"),
+    f"{RUNS}/ListInteractions": ROLES,
+    f"{RUNS}/StreamOutput": ROLES,
+    f"{RECOVERY}/GetRecoveryInfo": ROLES,
+    f"{RECOVERY}/ListRecovered": ROLES,
+    f"{RECOVERY}/WatchRecovered": ROLES,
+    f"{RECOVERY}/ExplainRecovery": ROLES,
+    f"{RECOVERY}/PlanRecovery": ("operator",),
+    f"{RECOVERY}/GetRecoveryStatus": ROLES,
+    f"{RECOVERY}/GetInstances": ("operator",),
+    f"{RECOVERY}/ListReconciliations": ("operator",),
+    f"{RECOVERY}/GetReconciliation": ("operator",),
+    f"{RECOVERY}/Prune": ("operator",),
+    f"{RECOVERY}/ListWebhooks": ("operator",),
+    f"{RECOVERY}/RetryWebhook": ("operator",),
+    f"{REFLECTION[0]}/ServerReflectionInfo": ROLES,
+    f"{REFLECTION[1]}/ServerReflectionInfo": ROLES,
+    "grpc.health.v1.Health/Check": ("nobody", "stranger", *ROLES),
+    "grpc.health.v1.Health/List": ("nobody", "stranger", *ROLES),
+    "grpc.health.v1.Health/Watch": ("nobody", "stranger", *ROLES),
+}
+"""The roles that may call each method."""
 
 
 def token_of(name: str) -> str:

@@ -106,11 +106,16 @@ class HttpApi:
             assert response.status == 200, response.read()
             yield envelopes(response)
 
-    def raw(self, data: bytes) -> bytes:
-        """Send bytes on a connection; return what comes back until it is closed."""
+    def raw(self, data: bytes, *, ends: bool = False) -> bytes:
+        """Send bytes on a connection; return what comes back until it is closed.
+
+        Args:
+            ends: let the service know that nothing more will be sent.
+        """
         with socket.create_connection((self.host, self.port), TIMEOUT_S) as connection:
             connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
+            if ends:
+                connection.shutdown(socket.SHUT_WR)
             return read_all(connection)
 
     def _connection(self) -> HTTPConnection:

@@ -28,6 +28,9 @@ _UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 _HOST: Final = re.compile(
     r"[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_][a-z0-9_-]{0,62})*", re.IGNORECASE
 )
+_ORIGIN: Final = re.compile(
+    r"(?P<scheme>https?)://(?:(?P<ip>\[[0-9a-f:.]+\])|(?P<name>[^:/\[\]]+))(?::(?P<port>[0-9]{1,5}))?"
+)
 _URL: Final = re.compile(r"[!-~]{1,2048}")
 Network: TypeAlias = IPv4Network | IPv6Network
 EVERYWHERE: Final[tuple[Network, ...]] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
@@ -367,15 +370,13 @@ def http_hosts(value: object) -> tuple[str, ...]:
 
 def _http_origin(value: str) -> str:
     """Return an origin as browsers write it."""
-    origin = value.lower()
-    scheme, separator, authority = origin.partition("://")
-    host, _, port = authority.partition(":")
-    if scheme not in {"http", "https"} or not separator or not _HOST.fullmatch(host):
+    found = _ORIGIN.fullmatch(value.lower())
+    if found is None or not (found["ip"] or _HOST.fullmatch(found["name"])):
         raise InvalidValue(f'must be an origin like "https://app.example", not {quote(value)}')
-    if ":" in authority and not (_PORT.fullmatch(port) and 0 < int(port) <= 65_535):
+    port = found["port"]
+    if port is not None and not 0 < int(port) <= 65_535:
         raise InvalidValue(f"the port must be from 1 to 65535, not {quote(port)}")
-    default = ":443" if scheme == "https" else ":80"
-    return origin.removesuffix(default)
+    return found[0].removesuffix(":443" if found["scheme"] == "https" else ":80")
 
 
 def _comma_separated(value: object) -> tuple[str, ...]:

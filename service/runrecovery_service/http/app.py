@@ -98,7 +98,7 @@ class HttpApp:
 
     async def _route(self, exchange: Exchange) -> None:
         path: str = exchange.scope["path"]
-        if response := self._origins.refusal(exchange.scope):
+        if response := _unclear(exchange.scope) or self._origins.refusal(exchange.scope):
             await exchange.respond(response)
         elif path.startswith(CONTRACT):
             headers = self._origins.cors_headers(exchange.scope)
@@ -118,6 +118,17 @@ class HttpApp:
             await exchange.respond(response)
         else:
             await self._connect.answer(method, call_origin(exchange.scope), exchange)
+
+
+def _unclear(scope: Scope) -> Response | None:
+    """Return the response to a request that a proxy may read in another way; None: it is clear."""
+    close = ((b"connection", b"close"),)
+    if scope["http_version"] not in {"1.0", "1.1"}:
+        return Response(505, b"only HTTP/1.1 and HTTP/1.0 are spoken\n", TEXT, close)
+    if header_values(scope, b"content-length") and header_values(scope, b"transfer-encoding"):
+        what = b"a request has either Content-Length or Transfer-Encoding\n"
+        return Response(400, what, TEXT, close)
+    return None
 
 
 def _probe_response(verb: str, *, serves: bool) -> Response:

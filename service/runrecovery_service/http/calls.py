@@ -57,6 +57,19 @@ class ContractCalls:
             context.finish()
         return data
 
+    async def demand_caller(self, method: ContractMethod, who: CallOrigin) -> None:
+        """Refuse a call before its request is read, if its caller may not make it.
+
+        Raises:
+            CallFailed: the call is refused.
+        """
+        context: Any = CallContext(who)
+        if not method.may_call(context):
+            try:
+                await method.handle(b"", context)  # counts and logs the refusal
+            finally:
+                context.finish()
+
     async def stream(
         self, method: str, request: Message, who: CallOrigin
     ) -> AsyncGenerator[Message, None]:

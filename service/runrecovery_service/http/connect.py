@@ -104,6 +104,7 @@ class ConnectHandler:
         self, method: ContractMethod, who: CallOrigin, exchange: Exchange
     ) -> Response:
         try:
+            await self._calls.demand_caller(method, who)
             timeout_s = _timeout_s(exchange.scope)
             codec, data = await self._unary_request(exchange)
             request = await codec.decode(data, method.request)
@@ -147,6 +148,7 @@ class ConnectHandler:
         await exchange.start(200, (content_type, unbuffered))
         end: dict[str, object] = {}
         try:
+            await self._calls.demand_caller(method, who)
             timeout_s = _timeout_s(exchange.scope)
             data = await self._stream_request(exchange)
             request = await codec.decode(data, method.request)

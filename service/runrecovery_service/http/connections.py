@@ -19,6 +19,7 @@ from runrecovery_service.http.app import CERTIFICATE
 
 HEAD_S: Final = 10.0
 """From the first byte of a request, or of a connection, to the end of the head."""
+PIECE_BYTES: Final = 16_384
 STALL_MARGIN_S: Final = 5.0
 """A stream is cut off with a status first; then its connection is closed."""
 
@@ -100,7 +101,11 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read a part of a request."""
-        super().data_received(data)
+        # In pieces: the limit of a head is checked between them, and its parser takes long.
+        for at in range(0, len(data), PIECE_BYTES):
+            super().data_received(data[at : at + PIECE_BYTES])
+            if self.transport.is_closing():
+                break
         self._watch_head(has_begun=True)
 
     def on_response_complete(self) -> None:

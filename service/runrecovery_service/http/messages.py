@@ -86,6 +86,8 @@ class Codec:
 def _parse_json(data: bytes, kind: type[Message]) -> Message:
     try:
         text = data.decode() or "{}"  # Connect: no body is the empty message
+        if not text.lstrip().startswith("{"):  # the parser takes a list for an empty message
+            raise ValueError("not an object")
         # Unknown fields are ignored, as Connect demands: a caller may be newer than the service.
         return json_format.Parse(text, kind(), ignore_unknown_fields=True)
     except (json_format.ParseError, RecursionError, TypeError, AttributeError) as error:

@@ -101,7 +101,8 @@ class HttpServer:
         """Refuse new connections, wait up to `grace_s` seconds for requests, and close."""
         await self._stop_accepting()
         for connection in list(self._table.live):
-            connection.shutdown()  # closes it after the response that is under way
+            if not connection.transport.is_closing():
+                connection.shutdown()  # after the response that is under way
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._wait_until_answered()

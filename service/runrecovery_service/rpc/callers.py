@@ -204,6 +204,16 @@ class CallerGuard:
         self._in_progress[caller.name] += 1
         return caller
 
+    def would_admit(self, context: Context, needed: Role) -> bool:
+        """Return whether `admit` would return a caller now."""
+        try:
+            caller = self._identify(context)
+            caller.demand_role(needed)
+            self._demand_room(caller)
+        except (CallerUnknown, Denied, CallerOverloaded):
+            return False
+        return True
+
     def record_refusal(
         self, context: Context, method: str, error: CallerUnknown | Denied | CallerOverloaded
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -43,6 +44,7 @@ class ContractMethod:
         path: `runrecovery.v1.RunService/GetRun`.
         is_read: the contract marks the method as free of side effects.
         is_stream: `handle` writes its responses to the context, and returns None.
+        may_call: returns whether `handle` would admit the caller, before there is a request.
     """
 
     path: str
@@ -51,6 +53,7 @@ class ContractMethod:
     is_read: bool
     is_stream: bool
     handle: Callable[[bytes, Context], Awaitable[Any]]
+    may_call: Callable[[Context], bool]
 
 
 def contract_methods(
@@ -152,6 +155,7 @@ def _contract_method(
         is_read=_is_read(described),
         is_stream=described.server_streaming,
         handle=handle,
+        may_call=partial(wrapper.may_call, method),
     )
 
 

@@ -146,6 +146,14 @@ class MethodWrapper:
         traced = call if self._tracer is None else self._tracer.wrap(method.name, call)
         return traced if self._meter is None else self._meter.stream(method.name, traced)
 
+    def may_call(self, method: Method, context: Context) -> bool:
+        """Return whether a caller may call the method now.
+
+        For a server that has not read the request yet: a refused caller need not send it. The
+        handler decides: it must not be called in another turn of the event loop than this.
+        """
+        return self._guard is None or self._guard.would_admit(context, method.role)
+
     async def _admit(self, context: Context, method: Method) -> Caller:
         if self._guard is not None:
             return await self._guard.admit(context, method.name, method.role)
