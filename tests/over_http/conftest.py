@@ -12,7 +12,7 @@ from support.service import Home, ServiceProcess
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    with Home(tmp_path_factory.mktemp("http"), http_listen="127.0.0.1:0") as home:
+    with Home(tmp_path_factory.mktemp("http"), http_listen="127.0.0.1:0", console=False) as home:
         yield home
 
 
