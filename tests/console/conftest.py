@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from playwright.sync_api import Browser
 from support.api import Api
+from support.browser import opened_browser
 from support.callers import caller, token_of
 from support.console_api import ConsoleVisit
 from support.http_api import http_address
@@ -50,3 +52,14 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
     ) as home:
         service, _ = home.start()
         yield service
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The Chromium of this machine. Tests that take it are skipped where there is none.
+
+    Not longer than a module: playwright runs an event loop in this thread meanwhile, and asyncio
+    then refuses those of other tests.
+    """
+    with opened_browser() as browser:
+        yield browser

@@ -8,10 +8,18 @@ from http.cookies import SimpleCookie
 from typing import Final
 from urllib.parse import urlencode
 
+from google.protobuf.json_format import MessageToDict
+
+from support.api import Api
 from support.http_api import HttpApi, Reply
 
 FORM_TOKEN: Final = re.compile(r'name="form_token" value="([0-9a-f]+)"')
 ETAG: Final = re.compile(r'name="etag" value="([^"]+)"')
+
+
+def first_answer(api: Api, run_id: str) -> object:
+    """Return the answer that the demo agent got to its first question, once its run has ended."""
+    return MessageToDict(api.until_ended(run_id).output)["answers"][0]
 
 
 class ConsoleVisit:
