@@ -95,6 +95,17 @@ def test_an_explanation_distinguishes_an_unchecked_handle_from_no_handle() -> No
     assert handle_source(None, held=False) == "No session handle was stored."
 
 
+def test_an_explanation_says_when_a_finding_proves_little() -> None:
+    never_seen = weaken_if_never_seen(
+        SessionFinding(SessionVerdict.INVALID, SessionReason.MISSING), None
+    )
+    inconclusive = SessionFinding(SessionVerdict.UNKNOWN, SessionReason.NOT_ANSWERED)
+    proves_little = "which proves little because the session had never been seen intact"
+
+    assert proves_little in handle_source(never_seen, held=True)
+    assert proves_little not in handle_source(inconclusive, held=True)
+
+
 @pytest.mark.parametrize("reason", SessionReason)
 def test_unknown_session_changes_only_unknown_findings(reason: SessionReason) -> None:
     found = FOUND[reason]
