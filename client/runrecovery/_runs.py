@@ -144,7 +144,7 @@ class Runs:
                 event, without a snapshot. 0 means every event since the creation.
             include_bookmarks: return bookmarks as well; the service sends one after 15 s without
                 an event.
-            reconnect_s: if a stream broke and no message arrives for so many seconds, the last
+            reconnect_s: seconds without a message, after a stream broke, after which the last
                 failure is raised; None: no limit. A service that does not run yet counts as a
                 broken stream.
             timeout_s: seconds for the whole watch; None: no limit.

@@ -22,7 +22,7 @@ MESSAGE: Final = {"timestamp": AT, "type": "gemini", "content": "", "thoughts": 
 
 
 def codex_tokens(calls: int) -> Line:
-    """Return the tokens of so many calls, as Codex writes them."""
+    """Return the tokens of this number of calls, as Codex writes them."""
     return {
         "input_tokens": 100 * calls,
         "cached_input_tokens": 40 * calls,

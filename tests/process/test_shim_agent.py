@@ -27,7 +27,7 @@ CODE = [sys.executable, "-I", "-S", "-c"]
 
 
 def status(pid: int) -> dict[str, str]:
-    """Return what /proc/<pid>/status says."""
+    """Return the fields of /proc/<pid>/status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 

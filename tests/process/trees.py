@@ -48,7 +48,7 @@ def send_signal(proc: Proc, number: int) -> None:
 
 
 def in_ns(seconds: float) -> int:
-    """Return a deadline for a shim: so many seconds from now."""
+    """Return a deadline for a shim, this number of seconds from now."""
     return boot_time_ns() + int(seconds * 1e9)
 
 
@@ -207,7 +207,7 @@ class Signals:
         self.lines: list[dict[str, object]] = []
 
     def info(self, event: str, **facts: object) -> None:
-        """Keep a line."""
+        """Keep a line of the log, in place of writing it."""
         self.lines.append({"event": event, **facts})
 
     warning = info

@@ -51,7 +51,7 @@ def many_files() -> Iterator[None]:
 
 @contextmanager
 def idle_connections(address: str, count: int) -> Iterator[list[socket.socket]]:
-    """Open so many connections that send only the HTTP/2 preface."""
+    """Open `count` connections that send only the HTTP/2 preface."""
     host, _, port = address.rpartition(":")
     with ExitStack() as stack:
         found = []

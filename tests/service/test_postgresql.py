@@ -191,7 +191,7 @@ SHORT_LEASE_S = 3
 
 
 def renewals(home: Home, service: ServiceProcess, count: int) -> None:
-    """Wait until a living service has renewed its lease so many times."""
+    """Wait until a living service has renewed its lease `count` more times."""
     seen: set[int] = set()
 
     def renewed() -> bool:

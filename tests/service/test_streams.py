@@ -149,7 +149,7 @@ def silent_reader(service: ServiceProcess, run_id: str) -> socket.socket:
 
 @contextmanager
 def silent_readers(service: ServiceProcess, run_id: str, count: int) -> Iterator[None]:
-    """Keep so many readers connected that never read."""
+    """Keep `count` readers connected that never read."""
     with ExitStack() as stack:
         for _ in range(count):
             stack.enter_context(silent_reader(service, run_id))

@@ -32,7 +32,7 @@ class Page(Protocol):
         ...
 
     def stop(self) -> None:
-        """Cancel the work that is under way for the page."""
+        """Cancel a computation of the page that is under way."""
         ...
 
 

@@ -61,7 +61,8 @@ def end_trees(
 ) -> dict[int, Ending]:
     """End every process that belongs to one of the launches. Block until none is left.
 
-    All launches share each scan, one grace and the deadline, so many trees take as long as one.
+    All launches share each scan, the grace and the deadline. So the time does not grow with the
+    number of trees.
     Children of this process are not reaped: they stay zombies, which count as dead. Processes of an
     earlier boot have ended. Processes on another host are reported as out of sight.
     Call it in a thread: it takes some 20 ms if nothing is found, else at least 100 ms.
@@ -121,7 +122,7 @@ def _without_foreign_pid(launch: LaunchMarkers, here: Host) -> LaunchMarkers:
 
 
 class _Sweep:
-    """One call of `end_trees`."""
+    """The state of one call of `end_trees`."""
 
     def __init__(
         self,

@@ -108,7 +108,7 @@ class _Cut:
 
 
 def _remove(text: bytes | None, entries: Mapping[str, Added]) -> Removals:
-    """Remove the entries whose texts do not overlap. A single entry overlaps with nothing."""
+    """Remove the entries whose texts do not overlap. The caller repeats this for the others."""
     if not any(added.owned for added in entries.values()):
         return Removals(text=text, outcomes=dict.fromkeys(entries, Outcome.NOT_OURS))
     source = Text.read(text or b"", most=2 * MOST_BYTES)
@@ -272,7 +272,12 @@ class _Site:
         return None
 
     def _beside(self, count: int, text: str) -> _Insert | None:
-        """Return the insertion after the last dotted key with `count` parts of the path."""
+        """Return the insertion after the last dotted key of another folder, in its notation.
+
+        Args:
+            count: how many parts of its path that key has in common with the new entry.
+            text: the rest of the new entry.
+        """
         likes = [
             field
             for field in self._fields

@@ -107,7 +107,7 @@ class CodexLayout:
         return None if own else SessionReason.ELSEWHERE
 
     def may_follow_end(self, line: JsonObject) -> bool:
-        """Return False."""
+        """Return False: Codex writes no such line after the end of a turn."""
         return False
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:

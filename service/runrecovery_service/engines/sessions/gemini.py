@@ -113,7 +113,7 @@ class GeminiLayout:
         return None if own else SessionReason.ELSEWHERE
 
     def may_follow_end(self, line: JsonObject) -> bool:
-        """Return False."""
+        """Return False: Gemini CLI writes no such line after the end of a turn."""
         return False
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:

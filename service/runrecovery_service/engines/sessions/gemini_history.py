@@ -108,7 +108,7 @@ def _close(
 
 
 def _with_response(tool: JsonObject, key: str) -> JsonObject:
-    """Return the call of a tool without responses to others."""
+    """Return the call of a tool with exactly one response, which answers this call."""
     result = tool.get("result")
     if isinstance(result, str) and result:
         return tool

@@ -70,7 +70,10 @@ class Layout(Protocol):
         user's message, a tool call), None for a line that does not show it."""
 
     def may_follow_end(self, line: JsonObject) -> bool:
-        """Return True for a line that others must follow unless the turn has ended before it."""
+        """Return True for a line that may come after the line that ends a turn.
+
+        Before the end of a turn, such a line must be followed by others.
+        """
 
 
 def is_uuid(handle: str) -> bool:
