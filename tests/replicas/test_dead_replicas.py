@@ -31,6 +31,12 @@ LAUNCHES: Final = (
 )
 
 
+GIVEN_AWAY: Final = (
+    "SELECT 1 FROM run WHERE run_id = ?"
+    " AND updated_at + 1000000 < extract(epoch FROM clock_timestamp()) * 1000000"
+)
+
+
 def keep_history(home: Home) -> None:
     """Record every change of a run from now on."""
     for statement in HISTORY:
@@ -167,6 +173,8 @@ def test_a_planned_stop_hands_its_queue_and_its_waiting_runs_over_without_waitin
         replica.create("works", run_id=held, restart_policy=REQUEUE)
         replica.until_status(held, "RUNNING")
     api.create("resumable", run_id="queued")
+    through_peer.create("resumable", run_id="of-the-peer")  # no service has a free slot
+    until(lambda: query(first, GIVEN_AWAY, "of-the-peer"), "an idle service would take it")
     through_peer.reply("asks", 1, "yes")  # queued at its owner: no service has a free slot
 
     assert service.stop() == 0
@@ -174,7 +182,7 @@ def test_a_planned_stop_hands_its_queue_and_its_waiting_runs_over_without_waitin
     owners = query(first, "SELECT run_id, owner, status FROM run ORDER BY run_id")
     assert owners == [
         ("asks", "b", "QUEUED"), ("held-a", "b", "QUEUED"),
-        ("held-b", "b", "RUNNING"), ("queued", "b", "QUEUED"),
+        ("held-b", "b", "RUNNING"), ("of-the-peer", "b", "QUEUED"), ("queued", "b", "QUEUED"),
     ]  # fmt: skip
     through_peer.cancel("held-b")
     through_peer.until_status("held-a", "RUNNING")  # a run keeps its place in the queue
