@@ -35,6 +35,7 @@ from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.reload import ReloadablePart, Reloader
+from runrecovery_service.renewal_note import RenewalNote, note_loss_while_down
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
@@ -53,10 +54,11 @@ from runrecovery_service.setup.shared_parts import SharedParts
 from runrecovery_service.setup.upkeep import build_prune, build_retention
 from runrecovery_service.setup.webhooks import build_endpoints
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
-from runrecovery_service.storage.commit_history import CommitHistory
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Renewal
 from runrecovery_service.storage.newer_words import demand_known_words
 from runrecovery_service.storage.opening import open_database, open_direct
+from runrecovery_service.storage.rows import to_us
 from runrecovery_service.systemd import SystemdNotifier
 
 if TYPE_CHECKING:
@@ -102,6 +104,9 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
         try:
             demand_known_words(db, settings.instance)
             demand_own_store(db, runs_dir(settings, locks.data_dir))
+            note_loss_while_down(
+                db, locks.data_dir, settings.instance, lease_ttl_s=settings.lease_ttl_s
+            )
             if settings.database_direct:
                 open_direct(settings.database_direct, db)
             with (
@@ -222,7 +227,7 @@ def _ownership(parts: SharedParts, dispatcher: Dispatcher) -> Ownership:
             turns=parts.turns,
             health=health,
             stop=parts.stop,
-            commits=CommitHistory(parts.owner.instance, ttl_s),
+            note=_renewal_note(parts),
         ),
         trials=StatementTrials(
             lease_ttl_s=ttl_s,
@@ -239,6 +244,14 @@ def _ownership(parts: SharedParts, dispatcher: Dispatcher) -> Ownership:
         locks=parts.locks,
         stop=parts.stop,
     )
+
+
+def _renewal_note(parts: SharedParts) -> RenewalNote | None:
+    if not parts.storage.is_shared:  # a SQLite file has its own count of commits
+        return None
+    owner = parts.owner
+    start = Renewal(instance=owner.instance, epoch=owner.epoch, started_us=to_us(parts.started_at))
+    return RenewalNote(parts.locks.data_dir, start)
 
 
 def _contract(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | None) -> Contract:

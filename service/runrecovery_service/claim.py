@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+from datetime import datetime
 
 import structlog
 
 from runrecovery_service import __version__
-from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.locks import ServiceLocks
@@ -66,14 +66,14 @@ def launch_site(host: Host, cgroups: CgroupParent | None) -> LaunchSite:
     )
 
 
-def claim_epoch(db: Database, start: InstanceStart, clock: Clock, ttl_s: float) -> Owner:
+def claim_epoch(db: Database, start: InstanceStart, ttl_s: float, *, now: datetime) -> Owner:
     """Claim the next epoch of the instance, with a lease of `ttl_s`.
 
     Raises:
         Held: an instance of this name is alive elsewhere.
     """
     with refusing(db.name):
-        owner = retry_conflicts(lambda: instances.claim(db, start, now=clock.now(), ttl_s=ttl_s))
+        owner = retry_conflicts(lambda: instances.claim(db, start, now=now, ttl_s=ttl_s))
     if db.dialect.kind is DatabaseKind.SQLITE:
         db.watch_files()  # the connection of this thread stays open, which keeps the log
     else:

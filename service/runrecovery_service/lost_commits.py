@@ -25,16 +25,25 @@ def losses_noted(data_dir: Path) -> Iterator[None]:
     try:
         yield
     except CommitsLost as error:
-        log.critical("storage.commits_lost", reason=str(error))
-        try:
-            durably_write(data_dir / NOTE_FILE, f"{error}\n".encode())
-        except OSError as failure:
-            log.warning("storage.loss_not_noted", error=failure.strerror)
+        note_loss(data_dir, str(error), prefix="an earlier start of this instance ended: ")
         raise
 
 
+def note_loss(data_dir: Path, reason: str, *, prefix: str = "") -> None:
+    """Log a loss, and write the note.
+
+    Args:
+        prefix: what only the note has before the reason.
+    """
+    log.critical("storage.commits_lost", reason=reason)
+    try:
+        durably_write(data_dir / NOTE_FILE, f"{prefix}{reason}\n".encode())
+    except OSError as failure:
+        log.warning("storage.loss_not_noted", error=failure.strerror)
+
+
 def noted_loss(data_dir: Path) -> str | None:
-    """Return the note of an earlier start; None if there is none."""
+    """Return the note; None if there is none."""
     place = data_dir / NOTE_FILE
     try:
         return read_start(place).decode("utf-8", "replace").strip() or None

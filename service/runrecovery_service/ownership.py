@@ -22,6 +22,7 @@ from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.locks import ServiceLocks
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.renewal_note import RenewalNote
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, trial
@@ -92,6 +93,7 @@ class LeaseRenewal:
 
     Attributes:
         catalog: the configured engines. Each renewal writes their names into the instance's row.
+        note: gets each acknowledged renewal, for the next start; None on SQLite.
         commits: what the database has acknowledged to this start.
         unrenewed: set once the lease could not be renewed for `SELF_FENCE_SHARE` of its time.
     """
@@ -103,7 +105,8 @@ class LeaseRenewal:
     turns: RunningTurns
     health: StorageHealthReporter
     stop: StopSignal
-    commits: CommitHistory
+    note: RenewalNote | None
+    commits: CommitHistory = field(init=False)
     unrenewed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
     _renewed_s: float = field(init=False)
@@ -111,6 +114,7 @@ class LeaseRenewal:
     _acknowledged_us: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.commits = CommitHistory(self.owner.instance, self.lease_ttl_s)
         self._renewed_s = self._last_try_s = boot_time_ns() / 1e9
 
     @property
@@ -204,6 +208,8 @@ class LeaseRenewal:
             self._note_renewed(begun_ns)
             if self.storage.is_shared:
                 self._acknowledged_us = until_us
+            if self.note is not None:
+                self.note.keep(until_us)
         self._demand_recent_renewal()
         return pause_s
 
@@ -412,7 +418,9 @@ class Ownership:
 
     async def resign(self) -> None:
         """Give the lease up, so that the next start need not wait for its end."""
-        await self.storage.write(instances.resign, self.owner)
+        stopped_us = await self.storage.write(instances.resign, self.owner)
+        if self.lease.note is not None and stopped_us is not None:
+            await self.lease.note.keep_stop(stopped_us)
 
     def _demand_in_place(self) -> None:
         self.storage.demand_in_place()

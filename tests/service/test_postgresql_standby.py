@@ -174,3 +174,87 @@ def test_a_promoted_standby_is_used_unless_it_lacks_acknowledged_commits(
         assert refused(lambda: api.get(gone[0])).code is grpc.StatusCode.NOT_FOUND
         assert not (home.data / ".lost-commits").exists()
         assert service.stop() == 0
+
+
+def promote(standby: ScratchPostgres) -> None:
+    """Make a standby the primary."""
+    with psycopg.connect(standby.url("runs"), autocommit=True) as connection:
+        connection.execute("SELECT pg_promote()")
+
+
+def renewal_of(server: ScratchPostgres) -> int:
+    """Return the end of the lease in microseconds, as the server has it."""
+    with psycopg.connect(server.url("runs")) as connection:
+        row = connection.execute(
+            "SELECT lease_until FROM instance WHERE name = 'default'"
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def noted_renewal(home: Home) -> int:
+    """Return the end of the lease that the service has noted; 0: none, or it has stopped."""
+    place = home.data / ".last-renewal"
+    return int(json.loads(place.read_text())["lease_until_us"]) if place.exists() else 0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ends", ["killed", "stopped"])
+@pytest.mark.parametrize("is_lost", [False, True], ids=["kept", "lost"])
+def test_a_service_that_was_down_during_a_failover_says_at_its_start_what_was_lost(
+    new_home: Callable[..., Home], ends: str, *, is_lost: bool
+) -> None:
+    with (
+        run_postgres("fsync=off", place=memory_place()) as primary,
+        run_standby(primary, "fsync=off") as standby,
+        proxied(primary.create("runs")) as proxy,
+    ):
+        home = new_home(
+            database=proxy.url, engines={"holds": script(HOLDS)}, max_concurrent=1, lease_ttl_s=9
+        )
+        service, api = home.start()
+        kept = api.create("holds").run_id
+        until(lambda: has_run(standby, kept), "the standby has the run")
+        if is_lost:
+            stop_receiving(standby)
+        gone = api.create("holds").run_id
+        if ends == "killed":
+            seen = renewal_of(primary)
+            until(lambda: noted_renewal(home) > seen, "a later renewal is noted")
+            service.kill()
+        else:
+            assert service.stop() == 0
+        if not is_lost:
+            last = renewal_of(primary)
+            until(lambda: renewal_of(standby) == last, "the standby has everything")
+
+        promote(standby)
+        proxy.direct_to(standby.url("runs"))
+        # Another service writes to the new primary first: positions of the log prove nothing.
+        other = new_home(database=standby.url("runs"), instance="other")
+        assert other.start()[0].stop() == 0
+        service, api = home.start()
+
+        losses = [str(event["reason"]) for event in service.events("storage.commits_lost")]
+        ((warnings,),) = query(
+            home,
+            "SELECT warnings FROM reconciliation WHERE instance = 'default' ORDER BY id DESC"
+            " LIMIT 1",
+        )
+        assert json.loads(warnings) == [
+            f"{loss}; see docs/postgresql.md#failover" for loss in losses
+        ]
+        if not is_lost:
+            assert losses == []
+            assert api.get(gone).run_id == gone
+        else:
+            (loss,) = losses
+            assert loss.startswith(
+                "while this instance was down, the database has lost commits that it acknowledged"
+                " after 2"
+            )
+            assert refused(lambda: api.get(gone)).code is grpc.StatusCode.NOT_FOUND
+        assert service.stop() == 0
+        service, _ = home.start()
+        assert service.events("storage.commits_lost") == []
+        assert service.stop() == 0

@@ -10,8 +10,9 @@ import pytest
 from runrecovery_service.ownership import LeaseRenewal
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage.commit_history import CommitHistory
+from runrecovery_service.storage.instances import Owner
 
+OWNER = Owner("default", 1, "t")
 DEMO_ENGINES: Any = SimpleNamespace(names=("demo", "other"))
 
 
@@ -24,12 +25,12 @@ async def test_the_lease_is_renewed_and_trees_live_on_five_times_in_its_time(
     renewal = LeaseRenewal(
         lease_ttl_s=15.0,
         storage=storage,
-        owner=unused,
+        owner=OWNER,
         catalog=unused,
         turns=unused,
         health=unused,
         stop=StopSignal(),
-        commits=CommitHistory("default", 15.0),
+        note=None,
     )
 
     pauses = {task.name: task.interval_s for task in renewal.tasks()}
@@ -50,12 +51,12 @@ async def test_on_sqlite_a_slow_renewal_succeeds_however_late_it_is(unrenewed_s:
     renewal = LeaseRenewal(
         lease_ttl_s=15.0,
         storage=storage,
-        owner=unused,
+        owner=OWNER,
         catalog=DEMO_ENGINES,
         turns=unused,
         health=health,
         stop=StopSignal(),
-        commits=CommitHistory("default", 15.0),
+        note=None,
     )
     renewal._renewed_s = boot_time_ns() / 1e9 - unrenewed_s
 
@@ -77,12 +78,12 @@ async def test_each_renewal_tells_the_engines_that_are_configured_now() -> None:
     renewal = LeaseRenewal(
         lease_ttl_s=15.0,
         storage=storage,
-        owner=unused,
+        owner=OWNER,
         catalog=catalog,
         turns=unused,
         health=health,
         stop=StopSignal(),
-        commits=CommitHistory("default", 15.0),
+        note=None,
     )
     await renewal.renew()
     catalog.names = ("demo", "another")  # a reload
@@ -103,19 +104,18 @@ async def test_trees_live_by_the_start_of_a_renewal_and_not_by_its_answer(
     async def renew(*_: object, **__: object) -> None:
         seconds[0] += 4
 
-    unused: Any = None
     storage: Any = SimpleNamespace(is_shared=True, renew=renew)
     turns: Any = SimpleNamespace(heartbeat=heartbeats.append)
     health: Any = SimpleNamespace(note=lambda *_, **__: None)
     renewal = LeaseRenewal(
         lease_ttl_s=15.0,
         storage=storage,
-        owner=unused,
+        owner=OWNER,
         catalog=DEMO_ENGINES,
         turns=turns,
         health=health,
         stop=StopSignal(),
-        commits=CommitHistory("default", 15.0),
+        note=None,
     )
 
     await renewal.renew()

@@ -13,9 +13,9 @@ def adopted(previous: Adopted) -> str:
     )
 
 
-def commits_lost(reason: str) -> str:
-    """Return the warning that an earlier start ended because the database had lost commits."""
-    return f"an earlier start of this instance ended: {reason}; see docs/postgresql.md#failover"
+def commits_lost(note: str) -> str:
+    """Return the warning that the database has lost commits."""
+    return f"{note}; see docs/postgresql.md#failover"
 
 
 def orphan_refused(run_id: str, reason: str) -> str:

@@ -13,7 +13,7 @@ class RecoveryStatus:
     """Written by the recovery, and read by GetRecoveryStatus.
 
     Attributes:
-        lost_commits: what an earlier start has noted about commits that the database lost.
+        lost_commits: the note about commits that the database lost; None: no loss is known.
         probe: the probe of containment, which runs beside the start; None at a planned stop.
         report: the report, once it is committed.
         report_id: the reconciliation_id of the report; None until the store has the report.

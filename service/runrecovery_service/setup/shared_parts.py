@@ -121,7 +121,8 @@ class SharedParts:
             self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
             made.callback(self.threads.shutdown)
             self.tracer = _tracer(settings, self.meters)
-            self.owner = claim_epoch(self.db, start, self.clock, settings.lease_ttl_s)
+            self.started_at = self.clock.now()
+            self.owner = claim_epoch(self.db, start, settings.lease_ttl_s, now=self.started_at)
             self.storage.hear_peers(self.owner.instance)
             made.pop_all()
 

@@ -51,6 +51,59 @@ class InstanceStart:
     version: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renewal:
+    """What one start of an instance has last written into the instance's row.
+
+    Attributes:
+        started_us: identifies the start. A takeover raises the epoch and keeps this time.
+        lease_until_us: the end of the lease; 0 after a planned stop.
+        stopped_us: the time of the planned stop; 0: none.
+    """
+
+    instance: str
+    epoch: int
+    started_us: int
+    lease_until_us: int = 0
+    stopped_us: int = 0
+
+    def is_kept_by(self, found: Renewal | None) -> bool:
+        """Return False if the database has lost this renewal.
+
+        Args:
+            found: what the row says now; None: there is no row.
+        """
+        if found is None:
+            return False
+        if found.started_us != self.started_us:  # a later start has a higher epoch
+            return found.epoch > self.epoch
+        if self.lease_until_us:
+            return not found.lease_until_us or found.lease_until_us >= self.lease_until_us
+        return not found.lease_until_us and found.stopped_us >= self.stopped_us
+
+    def at_us(self, ttl_s: float) -> int:
+        """Return the time of the renewal, or of the planned stop."""
+        return self.lease_until_us - round(ttl_s * 1e6) if self.lease_until_us else self.stopped_us
+
+
+def latest_renewal(db: Database, instance: str) -> Renewal | None:
+    """Return what the row of an instance says about its latest start; None if there is no row."""
+    row = db.fetch_one(
+        "SELECT epoch, started_at, lease_until, stopped_at FROM instance WHERE name = ?",
+        (instance,),
+    )
+    if row is None:
+        return None
+    epoch, started_us, lease_until_us, stopped_us = row
+    return Renewal(
+        instance=instance,
+        epoch=epoch,
+        started_us=started_us,
+        lease_until_us=lease_until_us,
+        stopped_us=stopped_us or 0,
+    )
+
+
 def _lease_until(db: Database, ttl_s: float) -> str:
     return f"{db.dialect.now_us} + {int(ttl_s * 1e6)}"
 
@@ -233,11 +286,16 @@ def announce_stop(db: Database, owner: Owner) -> None:
         )
 
 
-def resign(db: Database, owner: Owner) -> None:
-    """Release the lease at the end of a planned stop, and record the stop."""
+def resign(db: Database, owner: Owner) -> int | None:
+    """Release the lease at the end of a planned stop, and record the stop.
+
+    Returns:
+        The time of the stop in microseconds; None: another start has claimed the instance.
+    """
     with db.transaction():
-        db.execute(
+        row = db.fetch_one(
             f"UPDATE instance SET lease_until = 0, stopped_at = {db.dialect.now_us}"
-            " WHERE name = ? AND epoch = ? AND boot_token = ?",
+            " WHERE name = ? AND epoch = ? AND boot_token = ? RETURNING stopped_at",
             (owner.instance, owner.epoch, owner.boot_token),
         )
+    return None if row is None else int(row[0])
