@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import pytest
@@ -86,6 +86,7 @@ def stopping(pair: Pair, *, owner: Owner | None = None, shares_workspaces: bool 
 
 
 def test_an_idle_instance_takes_the_run_that_waits_longest_and_starts_it(idle: Pair) -> None:
+    idle.keep_history()
     first, second = late(idle), late(idle)
 
     assert take(idle) == first.run_id
@@ -95,6 +96,7 @@ def test_an_idle_instance_takes_the_run_that_waits_longest_and_starts_it(idle: P
     turn = ServiceStore(db=idle.db, owner=idle.owner, now=idle.dead.now).take()
     assert turn is not None
     assert turn.run.run_id == first.run_id
+    assert idle.stale_writes() == []
 
 
 def test_a_run_that_has_moved_has_been_in_the_queue_since_its_create(idle: Pair) -> None:
@@ -115,6 +117,21 @@ def test_a_run_is_left_to_its_owner_at_first(idle: Pair) -> None:
     idle.dead.create()
 
     assert sharing.find_peer(idle.db, taker(idle), now=idle.dead.now) is None
+
+
+@pytest.mark.parametrize("ahead_s", [-3600, -600, -2.5, -1.5, -0.5, 0, 0.5, 1.5, 600, 3600])
+def test_a_run_is_left_to_its_owner_for_two_seconds_at_most_whatever_clock_a_peer_has(
+    idle: Pair, ahead_s: float
+) -> None:
+    idle.dead.create()
+    clock = idle.dead.now + timedelta(seconds=ahead_s)
+
+    searches = [
+        sharing.find_peer(idle.db, taker(idle), now=clock + timedelta(seconds=0.5 * number))
+        for number in range(5)
+    ]
+
+    assert "a" in searches
 
 
 @pytest.mark.parametrize(
@@ -315,6 +332,7 @@ def test_a_stop_hands_nothing_over_to_a_peer_that_stops_too(idle: Pair) -> None:
 def test_waiting_runs_are_handed_over_only_where_workspaces_are_shared(idle: Pair) -> None:
     waiting = idle.dead.waiting(require_user_reply=False)
     sticky = idle.dead.waiting(profile=Profile.STICKY_PROCESS)
+    idle.keep_history()
 
     stopping(idle)
     assert owner_of(idle, waiting)[0] == "a"
@@ -322,6 +340,7 @@ def test_waiting_runs_are_handed_over_only_where_workspaces_are_shared(idle: Pai
     stopping(idle, shares_workspaces=True)
     assert owner_of(idle, waiting) == ("b", idle.owner.epoch)
     assert owner_of(idle, sticky)[0] == "a"  # its process ends with the stop
+    assert idle.stale_writes() == []
     # The peer does not know this host's clock, so it sets the deadline anew.
     deadlines = "SELECT wait_due_us, due_clock FROM run WHERE id = ?"
     assert idle.dead.rows(deadlines.replace("?", str(waiting.key))) == [(0, None)]

@@ -12,13 +12,13 @@ HISTORY: Final = (
     """CREATE TABLE owner_history (id BIGSERIAL PRIMARY KEY, run BIGINT, owner_before TEXT,
       epoch_before BIGINT, owner_after TEXT, epoch_after BIGINT, version_before BIGINT,
       version_after BIGINT, status_after TEXT, current_epoch BIGINT, claimed_epoch BIGINT,
-      writer TEXT, writer_epoch BIGINT, is_stopping BOOLEAN)""",
+      writer TEXT, writer_epoch BIGINT, is_stopping BOOLEAN, was_stopping BOOLEAN)""",
     """CREATE TABLE epoch_history (id BIGSERIAL PRIMARY KEY, writer TEXT, name TEXT,
       epoch BIGINT, at FLOAT DEFAULT extract(epoch FROM clock_timestamp()))""",
     """CREATE FUNCTION note_owner() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
       INSERT INTO owner_history (run, owner_before, epoch_before, owner_after, epoch_after,
         version_before, version_after, status_after, current_epoch, claimed_epoch, writer,
-        writer_epoch, is_stopping)
+        writer_epoch, is_stopping, was_stopping)
       VALUES (OLD.id, OLD.owner, OLD.owner_epoch, NEW.owner, NEW.owner_epoch, OLD.version,
         NEW.version, NEW.status,
         (SELECT epoch FROM instance_epoch WHERE name = OLD.owner),
@@ -26,7 +26,8 @@ HISTORY: Final = (
         current_setting('application_name'),
         (SELECT epoch FROM instance_epoch
           WHERE name = split_part(current_setting('application_name'), '-', 1)),
-        (SELECT stopped_at IS NOT NULL FROM instance WHERE name = NEW.owner));
+        (SELECT stopped_at IS NOT NULL FROM instance WHERE name = NEW.owner),
+        (SELECT stopped_at IS NOT NULL FROM instance WHERE name = OLD.owner));
       RETURN NEW; END $$""",
     """CREATE FUNCTION note_epoch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
       INSERT INTO epoch_history (writer, name, epoch)
@@ -41,8 +42,10 @@ HISTORY: Final = (
 STALE_WRITES: Final = (
     "SELECT run, owner_before, epoch_before, owner_after, epoch_after, current_epoch"
     " FROM owner_history WHERE"
-    # A run changes its owner only after its old owner was fenced.
-    " (owner_before <> owner_after AND epoch_before >= current_epoch)"
+    # A run changes its owner only after its old owner was fenced, or while the run is queued, or
+    # when its owner stops and hands it over without a process.
+    " (owner_before <> owner_after AND epoch_before >= current_epoch AND status_after <> 'QUEUED'"
+    " AND NOT (was_stopping AND status_after = 'WAITING_USER'))"
     # It gets the epoch that is current, or keeps the one that it has.
     " OR (epoch_after <> claimed_epoch AND (owner_before, epoch_before)"
     " IS DISTINCT FROM (owner_after, epoch_after))"

@@ -30,7 +30,10 @@ from runrecovery_service.storage.rows import json_value, to_us
 from runrecovery_service.storage.tables import live, sql_words
 
 OWNER_FIRST_S: Final = 1.0
-"""Peers may take a run only when it has been in its owner's queue for this long."""
+"""Peers may take a run only when it has been in its owner's queue for this long.
+
+The clocks of two hosts decide that. However much they differ, a peer waits for twice this time at
+most."""
 ROWS_AT_ONCE: Final = 500
 
 _FROM_BEGINNING: Final = (
@@ -132,11 +135,12 @@ def _takeable(taker: Taker, now: datetime) -> tuple[str, tuple[object, ...]]:
     condition = (
         f"{_QUEUED} AND r.owner_epoch = i.epoch AND r.resume_due_us IS NULL"
         f" AND r.engine IN ({_marks(taker.engines)})"
-        " AND (i.stopped_at IS NOT NULL OR r.updated_at <= ?)"
+        " AND (i.stopped_at IS NOT NULL OR r.updated_at <= ? OR r.updated_at > ?)"
         + ("" if taker.shares_workspaces else f" AND {_FROM_BEGINNING}")
     )
-    before = to_us(now - timedelta(seconds=OWNER_FIRST_S))
-    return condition, (*sorted(taker.engines), before)
+    owner_first = timedelta(seconds=OWNER_FIRST_S)
+    # A time in the future is of a host whose clock is ahead: it must not delay the run.
+    return condition, (*sorted(taker.engines), to_us(now - owner_first), to_us(now + owner_first))
 
 
 def _move_deliveries(db: Database, instance: str, run_keys: Collection[int]) -> None:
