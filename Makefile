@@ -21,6 +21,8 @@ CONFIG ?= runrecovery.example.toml
 TRIALS ?= 100
 MUTANT_TRIALS ?= 5
 REPLICA_MUTANTS ?= exists drain renewal
+RACE_MUTANTS ?= scan
+RACE_RUNS ?= 10000
 CASES ?= 50000
 MUTANT_CASES ?= 3000
 ROUNDS ?= 1
@@ -145,8 +147,10 @@ campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process tr
 
 campaign-replicas: $(READY) ## Break 3 replicas, their network and PostgreSQL under load for SECONDS=60, from a SEED; detect mutants
 	@$(BIN)/python tests/campaign/replicas.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python tests/campaign/race.py --runs $(RACE_RUNS)
 	@for mutant in $(REPLICA_MUTANTS); do \
 		$(BIN)/python tests/campaign/replicas.py --seconds 120 --mutate $$mutant; done
+	@for mutant in $(RACE_MUTANTS); do $(BIN)/python tests/campaign/race.py --mutate $$mutant; done
 
 fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mutants of it
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)

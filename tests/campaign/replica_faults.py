@@ -22,8 +22,10 @@ REACTION_S: Final = 1.5
 """After the end of a lease, peers need about this long until they have taken over."""
 IN_TRANSACTION_S: Final = 4.5
 """PostgreSQL ends a transaction that is idle for 5 s."""
-SLOW_RENEWAL_SHARE: Final = 0.28
+SLOW_RENEWAL_SHARE: Final = 0.26
 """A renewal may take 0.3 of the time of a lease."""
+ANSWERED_SHARE: Final = 0.05
+"""The service has noted an answer by then. It renews again after 0.2 of the time of a lease."""
 QUEUED_RUNS: Final = 36
 """More than three replicas do in the time that their peers leave them their own queue."""
 OLD_QUEUES: Final = (
@@ -176,7 +178,7 @@ class Faults:
         if way.holding.wait(self._ttl_s / 2):
             self.pause(SLOW_RENEWAL_SHARE * self._ttl_s)
         way.release()
-        self.pause(0.1)
+        self.pause(ANSWERED_SHARE * self._ttl_s)
         replica.signal(signal.SIGSTOP)
         self.pause(self._ttl_s * 1.2 + REACTION_S, but=replica)
         replica.signal(signal.SIGCONT)

@@ -19,12 +19,13 @@ Rows: TypeAlias = Callable[[str], list[tuple[Any, ...]]]
 
 STALE_WRITE: Final = "stale write"
 TAKEN_BY_STOPPING: Final = "taken while stopping"
+TWO_OWNERS: Final = "two owners"
 OUTLIVED: Final = "agent outlived its lease"
 UNENDED: Final = "SELECT run_id, status, owner FROM run WHERE ended_at IS NULL"
 TWICE: Final = "SELECT labels, count(*) FROM run GROUP BY labels HAVING count(*) > 1"
 QUERIES: Final = {
     STALE_WRITE: STALE_WRITERS,
-    "wrong move": WRONG_MOVES,
+    TWO_OWNERS: WRONG_MOVES,
     TAKEN_BY_STOPPING: TAKEN_WHILE_STOPPING,
     "overlapping launches": OVERLAPPING,
     "created twice": TWICE,

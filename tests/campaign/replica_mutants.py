@@ -103,7 +103,7 @@ MUTANTS: Final = {
         break_service=trust_from_the_answer,
         kind="agent outlived its lease",
         fault="freeze_after_slow_renewal",
-        lease_ttl_s=10.0,  # a renewal may take 3 s then, and agents end 1 s before the lease
+        lease_ttl_s=12.0,  # a renewal may take 3.6 s then, and agents end 1 s before the lease
     ),
 }
 

@@ -22,6 +22,7 @@ Exit code 0: no violation was found, or that of the mutant was found. Exit code 
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import signal
@@ -37,6 +38,8 @@ from typing import Any, Final
 import click
 import psycopg
 
+# A server that runs as another user is forked, and gRPC's handlers of a fork can fail.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # bench
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -71,7 +71,7 @@ class _ContainmentLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cont
     CONTAINMENT_LEVEL_COOKIE: _ContainmentLevel.ValueType  # 2
     """A process is found while it keeps its environment or its parent lives."""
     CONTAINMENT_LEVEL_WATERMARK: _ContainmentLevel.ValueType  # 3
-    """A process is found unless it changes its own limits on purpose."""
+    """A process is found unless it raises its own limits with privileges."""
 
 class ContainmentLevel(_ContainmentLevel, metaclass=_ContainmentLevelEnumTypeWrapper):
     """How reliably the service finds processes of a run after their supervisor died."""
@@ -83,7 +83,7 @@ CONTAINMENT_LEVEL_NONE: ContainmentLevel.ValueType  # 1
 CONTAINMENT_LEVEL_COOKIE: ContainmentLevel.ValueType  # 2
 """A process is found while it keeps its environment or its parent lives."""
 CONTAINMENT_LEVEL_WATERMARK: ContainmentLevel.ValueType  # 3
-"""A process is found unless it changes its own limits on purpose."""
+"""A process is found unless it raises its own limits with privileges."""
 Global___ContainmentLevel: _TypeAlias = ContainmentLevel  # noqa: Y015
 
 class _ReconciliationState:
