@@ -57,7 +57,9 @@ def pooled(url: str, folder: Path, **settings: object) -> Iterator[str]:
     }
     lines = [f"{name} = {value}" for name, value in {**fixed, **settings}.items()]
     config = folder / "pgbouncer.ini"
-    target = f"host={named['host']} user={named['user']} dbname={named['dbname']}"
+    target = " ".join(
+        f"{name}={named[name]}" for name in ("host", "port", "user", "dbname") if name in named
+    )
     config.write_text("\n".join(["[databases]", f"pooled = {target}", "[pgbouncer]", *lines, ""]))
     # It refuses to run as root. As `nobody` it reads its configuration from standard input.
     account = pwd.getpwnam("nobody") if os.geteuid() == 0 else None

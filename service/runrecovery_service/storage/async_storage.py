@@ -119,7 +119,9 @@ class Storage:
     async def read(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a read of many rows."""
         with self._timed("read"):
-            return await asyncio.wrap_future(self._submit(lambda db: use(db, *args, **kwargs)))
+            return await asyncio.wrap_future(
+                self._submit(lambda db: _on_primary(db, lambda: use(db, *args, **kwargs)))
+            )
 
     def _timed(self, operation: str) -> AbstractContextManager[object]:
         return nullcontext() if self._meters is None else StoreTimer(self._meters, operation)
@@ -315,3 +317,14 @@ class Storage:
         with suppress(threading.BrokenBarrierError):
             barrier.wait()
         self._db.close()
+
+
+def _on_primary(db: Database, read: Callable[[], R]) -> R:
+    """Return the result of a read that no standby has answered."""
+    try:
+        result = read()
+    except RunRecoveryError:  # a standby may lack the row
+        db.demand_primary()
+        raise
+    db.demand_primary()
+    return result

@@ -127,6 +127,17 @@ class Database:
         self._changed_runs.keys = set()
         return keys
 
+    def demand_primary(self) -> None:
+        """Check after a read that it was not a standby that answered.
+
+        New connections refuse a standby. But a pooler may replace the server behind an open one.
+
+        Raises:
+            the driver's error of a write to a standby.
+        """
+        if isinstance(self.peewee, postgresql.PostgreSQL):
+            self.peewee.demand_primary()
+
     def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
         """Run SQL that marks its parameters with `?`, and return the driver's cursor."""
         if self.dialect.param != "?":

@@ -99,6 +99,7 @@ def _open_postgresql(url: str, name: str = POSTGRESQL_NAME) -> Database:
     db = Database(peewee, POSTGRESQL, name)
     try:
         _check_postgresql(db)
+        peewee.find_pooler()
         if not reports_positions(db):
             db.dialect = replace(POSTGRESQL, log_position=NO_POSITION)
     except BaseException:

@@ -53,6 +53,7 @@ _REQUIRED_SETTINGS: Final = {
 }
 _CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 WORDS_MOST: Final = 500
+STANDBY: Final = "the pooler leads to a standby"
 
 
 class Unreadable(Exception):
@@ -64,7 +65,13 @@ class _ChangedRows(threading.local):
 
 
 class PostgreSQL(pw.PostgresqlDatabase):
-    """A database that can cut its connections, when they hang in a silent network."""
+    """A database that can cut its connections, when they hang in a silent network.
+
+    Attributes:
+        is_pooled: a pooler may replace the server behind an open connection.
+    """
+
+    is_pooled = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,6 +108,19 @@ class PostgreSQL(pw.PostgresqlDatabase):
 
         self._demand_not_abandoned()
         return await AsyncConnection.connect(self.database, autocommit=True, **self.connect_params)
+
+    def find_pooler(self) -> None:
+        """Find out by a connection whether it leads to the server itself."""
+        (server_pid,) = self.execute_sql("SELECT pg_backend_pid()").fetchone()
+        connection: Any = self.connection()  # type: ignore[no-untyped-call]
+        self.is_pooled = server_pid != connection.info.backend_pid
+
+    def demand_primary(self) -> None:
+        """Raise the error of a write to a standby if a pooler leads to one now."""
+        if not self.is_pooled or PSYCOPG is None:
+            return
+        if self.execute_sql("SELECT pg_is_in_recovery()").fetchone() == (True,):
+            raise PSYCOPG.errors.ReadOnlySqlTransaction(STANDBY)
 
     @property
     def changed_rows(self) -> int:
