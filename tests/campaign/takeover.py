@@ -109,7 +109,7 @@ def in_a_shim() -> bool:
     victim = procfs.read_proc(scene.victim.pid)
     assert victim is not None
     null = os.open(os.devnull, os.O_RDWR)
-    shim = Shim(null, null, null)
+    shim = Shim(null, null, null, null)
     return scene.spared(lambda: shim._signal(victim, signal.SIGKILL, "service_gone"))
 
 

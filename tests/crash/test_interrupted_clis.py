@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Final
@@ -141,3 +142,30 @@ def test_a_deploy_in_the_middle_of_eight_turns_fails_none(
     assert len(turns) == 8
     for turn in turns:
         turn.assert_completed(api.until_ended(turn.run_id))
+
+
+WHEN_ALLOWED: Final = 'until test -e "$0"; do sleep 0.01; done; exec "$@"'
+
+
+def test_a_call_counts_that_claude_printed_while_the_service_could_not_read(
+    new_home: NewHome, tmp_path: Path
+) -> None:
+    """Its session file does not have the call yet."""
+    go = tmp_path / "go"
+    home = home_of(new_home, tmp_path, runs=1)
+    claude = home.engines["claude"]
+    command = ("/bin/sh", "-c", WHEN_ALLOWED, str(go), *claude.command)
+    home.engines["claude"] = replace(claude, command=command)
+    home.write_config()
+    service, api = home.start()
+    turn = Turn(tmp_path / "turn", "claude", "tool")
+    turn.create(api)
+    until(home.agents, "the process runs")
+    service.suspend()
+    go.touch()
+    until(lambda: turn.has_stopped, "the turn is in a tool")
+    service.kill()
+    turn.go_on()
+    _, api = home.start()
+
+    turn.assert_completed(api.until_ended("turn"))

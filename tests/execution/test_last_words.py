@@ -14,8 +14,9 @@ from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.gemini import GEMINI
 from runrecovery_service.execution import agent_io, supervisor
 from runrecovery_service.execution.agent_io import AgentIO
-from runrecovery_service.execution.pipes import READ_BYTES, bytes_held
+from runrecovery_service.execution.pipes import bytes_held
 from runrecovery_service.execution.turn_state import TurnEvent
+from runrecovery_service.process.spool import READ_BYTES
 
 from .conftest import NewExecution, until
 

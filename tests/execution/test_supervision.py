@@ -92,7 +92,7 @@ async def test_a_shim_that_is_stopped_does_not_keep_a_canceled_run_alive(
 async def test_an_exit_reported_before_its_shim_was_missed_is_judged_by_its_code(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write is retried while the shim ends, and two checks notice that the shim is gone."""
+    """A write is retried while the shim is killed, and two checks notice that it is gone."""
     noticed, take = asyncio.Event(), supervisor.TurnSupervisor._take
     started: list[supervisor.TurnSupervisor] = []
 
@@ -103,12 +103,25 @@ async def test_an_exit_reported_before_its_shim_was_missed_is_judged_by_its_code
         await take(self, engine, event)
 
     monkeypatch.setattr(supervisor.TurnSupervisor, "_take", held_up)
+    read_report, reported = agent_io.AgentIO.read_shim_report, asyncio.Event()
+
+    async def read_to_the_end(io: agent_io.AgentIO) -> None:
+        await read_report(io)
+        reported.set()
+
+    monkeypatch.setattr(agent_io.AgentIO, "read_shim_report", read_to_the_end)
     run_id = await execution.create("resumable", {"questions": [{"prompt": "So?"}]})
 
-    async def shim_has_ended() -> bool:
-        return bool(started) and started[0].launch.is_shim_gone
+    async def tree_has_ended() -> bool:
+        return bool(started) and reported.is_set()
 
-    await until(shim_has_ended)
+    await until(tree_has_ended)
+    send_signal((await execution.launch(run_id)).shim, signal.SIGKILL)
+
+    async def is_shim_gone() -> bool:
+        return started[0].launch.is_shim_gone
+
+    await until(is_shim_gone)
     for _ in range(supervisor.UNGUARDED_CHECKS):
         execution.turns.check_shims()
     noticed.set()

@@ -13,7 +13,7 @@ import pytest
 from process.trees import PATIENCE_S, Grow, Signals, Start, Tree, clear_away, in_ns
 from runrecovery_service.process import procfs, sweep
 from runrecovery_service.process.host import Host
-from runrecovery_service.process.launch import prepare
+from runrecovery_service.process.launch import OutputRest, prepare
 from runrecovery_service.process.markers import COOKIE_VARIABLE, LaunchMarkers
 from runrecovery_service.process.resource_limits import ResourceLimits
 from runrecovery_service.process.watermark import watermark_bits
@@ -56,6 +56,7 @@ def start(new_lease: Callable[[], LaunchMarkers], tmp_path: Path) -> Iterator[St
         limits: ResourceLimits | None = None,
         deadline_s: float = PATIENCE_S,
         release: bool = True,
+        rest: OutputRest | None = None,
     ) -> Tree:
         lease = new_lease()
         journal = tmp_path / f"journal{lease.launch_key}"
@@ -67,6 +68,7 @@ def start(new_lease: Callable[[], LaunchMarkers], tmp_path: Path) -> Iterator[St
             deadline_ns=in_ns(deadline_s),
             journal=journal,
             limits=limits,
+            rest=rest,
         )
         shim = procfs.read_proc(process.pid)
         assert shim is not None

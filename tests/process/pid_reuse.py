@@ -129,7 +129,7 @@ lease = LaunchMarkers(
     host=here,
 )
 if moment == "shim":
-    guard = shim.Shim(-1, -1, os.open(os.devnull, os.O_WRONLY))
+    guard = shim.Shim(-1, -1, os.open(os.devnull, os.O_WRONLY), -1)
     os.pidfd_open = swapping_open
     lines.add(("SIGKILL", guard._signal(ours, signal.SIGKILL, "test")))
     gone = True

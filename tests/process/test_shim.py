@@ -314,7 +314,7 @@ order = wire.Order(
     deadline_ns=0, watermark=1 << 60, program="", argv=[], env={}, cwd="",
     confinement=wire.Confinement(),
 )
-print(shim.Shim(-1, -1, -1)._prepare_guard(order))
+print(shim.Shim(-1, -1, -1, -1)._prepare_guard(order))
 """
 
 

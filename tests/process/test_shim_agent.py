@@ -140,8 +140,8 @@ def test_nothing_of_the_agent_is_on_the_shims_command_line(start: Start) -> None
     words = procfs.read(f"/proc/{tree.shim.pid}/cmdline").split(b"\0")
 
     assert words[:4] == [os.fsencode(word) for word in (sys.executable, "-I", "-S", launch.SHIM)]
-    assert all(word.isdigit() for word in words[4:7])
-    assert words[7:] == [b""]
+    assert all(word.isdigit() for word in words[4:8])
+    assert words[8:] == [b""]
 
 
 @only_root  # its own user may not look: see the next test
@@ -377,7 +377,7 @@ def once(function, wanted):
     return call
 
 {patch}
-sys.exit(Shim(*map(int, sys.argv[1:4])).run())
+sys.exit(Shim(*map(int, sys.argv[1:5])).run())
 """
         )
         monkeypatch.setattr(launch, "SHIM", str(program))

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from runrecovery_service.process import procfs
 from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.launch import OutputRest
 from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.procfs import Proc
 from runrecovery_service.process.resource_limits import ResourceLimits
@@ -159,6 +160,7 @@ class Start(Protocol):
         limits: ResourceLimits | None = None,
         deadline_s: float = PATIENCE_S,
         release: bool = True,
+        rest: OutputRest | None = None,
     ) -> Tree: ...
 
 

@@ -35,6 +35,7 @@ from support.processes import (
     is_alive,
     is_stopped,
     kill_below,
+    living_process,
     processes_below,
     send_signal_if_alive,
 )
@@ -144,6 +145,13 @@ class ServiceProcess:
         self.popen.kill()
         self.popen.wait()
         self.close()
+
+    def suspend(self) -> None:
+        """Stop it by SIGSTOP, so that it does nothing until it is killed."""
+        identity = living_process(self.pid)
+        assert identity is not None
+        send_signal_if_alive(identity, signal.SIGSTOP)
+        until(lambda: is_stopped(identity), "the service is suspended")
 
     def terminate(self) -> None:
         """Send SIGTERM."""

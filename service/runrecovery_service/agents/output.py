@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.agents.workspaces import Workspaces
+from runrecovery_service.agents.workspaces import REST_SUFFIX, Workspaces
 from runrecovery_service.process.safe_open import open_regular
 
 
@@ -28,10 +28,14 @@ class OutputPiece:
 
 
 _TRUNCATED: Final = ".truncated"
-OUTPUT_NAMES: Final = frozenset(
+_NAMES: Final = frozenset(
     f"{channel}.log{suffix}" for channel in OutputChannel for suffix in ("", _TRUNCATED)
 )
-"""The names of all files with output, in the folder of an attempt."""
+
+
+def is_output_name(name: str) -> bool:
+    """Return True for the name of a file with output, in the folder of an attempt."""
+    return name in _NAMES or name.endswith(REST_SUFFIX)
 
 
 class OutputFiles:

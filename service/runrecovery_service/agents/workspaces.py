@@ -4,12 +4,16 @@
 <runs_dir>/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)
 <runs_dir>/<run key>/<attempt>/permissions/    the files of the permission hook, 0700
 <runs_dir>/<run key>/<attempt>/shim-<turn>.log the journal of a launch, 0600
+<runs_dir>/<run key>/<attempt>/stdout-<turn>.rest   output that a killed service had not kept, 0600
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Final
+
+REST_SUFFIX: Final = ".rest"
 
 
 class Workspaces:
@@ -33,6 +37,10 @@ class Workspaces:
     def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
         """Return the journal of the launch of a turn (`process/shim_journal.py`)."""
         return self.attempt(run_key, attempt) / f"shim-{turn}.log"
+
+    def output_rest(self, run_key: int, attempt: int, turn: int) -> Path:
+        """Return the file in which a shim saves output that its service left unkept."""
+        return self.attempt(run_key, attempt) / f"stdout-{turn}{REST_SUFFIX}"
 
     def permissions(self, run_key: int, attempt: int) -> Path:
         """Return the folder for the files of a permission hook; it may not exist."""

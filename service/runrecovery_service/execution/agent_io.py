@@ -3,13 +3,14 @@
 What the process and its shim report is put into a queue of events, in the order in which it came.
 
 Standard output is read at once, whatever its parser and the store are doing: some agent CLIs exit
-without writing the rest of their output to a full pipe. It waits in a backlog until it is parsed.
+without writing the rest of their output to a full pipe. It waits in a backlog until it is parsed,
+in memory that the shim can read as well: none of it is lost when the service is killed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,6 @@ from runrecovery_service.engines.dialect import Listener, ProtocolError
 from runrecovery_service.execution.backlog import Backlog
 from runrecovery_service.execution.blocking import run_blocking
 from runrecovery_service.execution.pipes import (
-    READ_BYTES,
     bytes_held,
     read,
     wait_until_read,
@@ -31,6 +31,7 @@ from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_state import LineRead, ProtocolBroken, Signal, TurnEvent
 from runrecovery_service.process.shim_journal import record_kept
 from runrecovery_service.process.shimmed_process import ShimmedProcess
+from runrecovery_service.process.spool import READ_BYTES
 
 LONG_LINE_BYTES: Final = 16384
 """Longer lines are parsed in a thread: a line of 1 MiB takes the loop a second and more."""
@@ -80,7 +81,7 @@ class AgentIO:
     _stderr_held: bytes = field(default=b"", init=False)
 
     def __post_init__(self) -> None:
-        self._backlog = Backlog(max_bytes=BACKLOG_BYTES)
+        self._backlog = Backlog(self.process.spool, max_bytes=BACKLOG_BYTES)
 
     @property
     def stderr_tail(self) -> str:
@@ -126,9 +127,8 @@ class AgentIO:
 
     async def read_stdout(self) -> None:
         """Read standard output into the backlog until its end."""
-        while data := await read(self.process.stdout.fileno()):
-            await self._backlog.put(data)
-        self._backlog.end()
+        while await self._backlog.fill(self.process.stdout.fileno()):
+            pass
 
     async def parse_stdout(self) -> None:
         """Parse standard output until its end, and report each line."""
@@ -154,7 +154,8 @@ class AgentIO:
         self.events.put_nowait(Signal.STDOUT_ENDED)
 
     async def _refuse_line(self, line: bytes) -> None:
-        await self._keep(OutputChannel.STDOUT, self.listener.redact(line))
+        self._line_start = []
+        await self._keep_stdout(self.listener.redact(line))
         longest = self.max_line_bytes
         self.events.put_nowait(
             ProtocolBroken(f"A line of the agent is longer than {longest} bytes.")
@@ -167,7 +168,7 @@ class AgentIO:
             parsed = await run_blocking(self.threads, lambda: [self._parse(line) for line in lines])
         else:
             parsed = [self._parse(line) for line in lines]
-        await self._keep(OutputChannel.STDOUT, b"".join(shown + end for shown, _ in parsed))
+        await self._keep_stdout(b"".join(shown + end for shown, _ in parsed))
         for _, events in parsed:
             for event in events:
                 self.events.put_nowait(event)
@@ -210,7 +211,8 @@ class AgentIO:
         if not line:
             return []
         shown, events = await run_blocking(self.threads, self._parse, line)
-        await self._keep(OutputChannel.STDOUT, shown)
+        self._line_start = []
+        await self._keep_stdout(shown)
         return [event for event in events if not isinstance(event, ProtocolBroken)]
 
     async def keep_held_stderr(self) -> None:
@@ -219,24 +221,37 @@ class AgentIO:
 
     async def _keep_stderr(self, text: bytes) -> None:
         self._stderr_tail = (self._stderr_tail + text)[-STDERR_TAIL_BYTES:]
-        await self._keep(OutputChannel.STDERR, text)
+        if text:
+            append = partial(self._append, OutputChannel.STDERR, text)
+            await self._keep(OutputChannel.STDERR, append)
         for message in self.listener.hear_stderr(text.decode("utf-8", "replace")):
             if self.events.qsize() <= UNTAKEN_EVENTS:  # the supervisor may wait for the store
                 self.events.put_nowait(message)
 
-    async def _keep(self, channel: OutputChannel, data: bytes) -> None:
-        run = self.log.run
-        if not data:
-            return
-        size: int | None = None
+    async def _keep_stdout(self, data: bytes) -> None:
+        """Keep what was taken from the backlog, up to the beginning of the unfinished line."""
+        upto = self._backlog.taken_to - sum(map(len, self._line_start))
+        await self._keep(OutputChannel.STDOUT, partial(self._append_stdout, data, upto))
+
+    async def _keep(self, channel: OutputChannel, append: Callable[[], object]) -> None:
         try:
-            size = await run_blocking(
-                self.threads, self.output.append, run.key, run.attempt, channel, data
-            )
+            await run_blocking(self.threads, append)
         except OSError as error:
             self.log.output_lost(channel=channel.value, error=error.strerror)
-        if channel is OutputChannel.STDOUT:
+
+    def _append_stdout(self, data: bytes, upto: int) -> None:
+        """Append to the output file, and record that in the spool, even if the task is canceled."""
+        size: int | None = None
+        try:
+            size = self._append(OutputChannel.STDOUT, data)
+        finally:
             self._note_kept(len(data), size)
+            begin = self._kept_from if self._is_all_kept else None
+            self.process.spool.note_kept(upto, size=size, begin=begin)
+
+    def _append(self, channel: OutputChannel, data: bytes) -> int | None:
+        run = self.log.run
+        return self.output.append(run.key, run.attempt, channel, data)
 
     def _note_kept(self, added: int, size: int | None) -> None:
         """Record the file of standard output. `size`: its size; None: output was lost."""

@@ -4,43 +4,49 @@ from __future__ import annotations
 
 import asyncio
 
+from runrecovery_service.execution.pipes import read_by
+from runrecovery_service.process.spool import Spool
+
 
 class Backlog:
-    """Bytes between the task that reads a pipe and the task that parses them.
+    """The part of a spool between the task that reads the pipe and the task that parses.
 
     The reader waits only while the backlog is full. An agent that prints faster than its output is
     parsed is then slowed down by its pipe, and the memory of the service stays bounded.
     """
 
-    def __init__(self, *, max_bytes: int) -> None:
+    def __init__(self, spool: Spool, *, max_bytes: int) -> None:
+        self._spool = spool
         self._max_bytes = max_bytes
-        self._bytes = bytearray()  # not a list of pieces: a piece may be a single byte
+        self._taken_to = spool.end
         self._has_ended = False
         self._has_news = asyncio.Event()
         self._has_room = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._bytes)
+        return self._spool.end - self._taken_to
 
-    async def put(self, data: bytes) -> None:
-        """Add bytes; return once there is room for more."""
-        self._bytes += data
+    @property
+    def taken_to(self) -> int:
+        """The offset in the spool of the next byte to be taken."""
+        return self._taken_to
+
+    async def fill(self, pipe: int) -> bool:
+        """Add what a pipe has, and return once there is room for more; False at its end."""
+        is_open = bool(await read_by(pipe, self._spool.fill))
+        self._has_ended = not is_open
         self._has_news.set()
-        while len(self._bytes) >= self._max_bytes:
+        while len(self) >= self._max_bytes:
             self._has_room.clear()
             await self._has_room.wait()
-
-    def end(self) -> None:
-        """Record that no more bytes will come."""
-        self._has_ended = True
-        self._has_news.set()
+        return is_open
 
     async def take(self, most: int) -> bytes:
         """Wait for bytes, and return up to `most` of them; empty at the end."""
-        while not self._bytes and not self._has_ended:
+        while not len(self) and not self._has_ended:
             self._has_news.clear()
             await self._has_news.wait()
-        taken = bytes(self._bytes[:most])
-        del self._bytes[:most]
+        taken = self._spool.read(self._taken_to, most)
+        self._taken_to += len(taken)
         self._has_room.set()
         return taken

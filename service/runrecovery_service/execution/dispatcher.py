@@ -118,6 +118,7 @@ class Dispatcher:
         await asyncio.gather(*tasks, return_exceptions=True)
         for supervisor in self.turns.supervisors:
             supervisor.launch.withdraw()
+            supervisor.launch.leave_output()
 
     async def release(self) -> None:
         """Detach, and reap the shims of trees that a recovery has ended."""

@@ -2,7 +2,7 @@
 
 The kept output is parsed by the same dialect and the same rules as the output of a living process.
 Three things must be proved, or nothing is found: the shim has recorded that the agent exited with
-0, the service has recorded that all of the output was kept, and the machine has not crashed since.
+0, it is on record that all of the output was kept, and the machine has not crashed since.
 """
 
 from __future__ import annotations
@@ -94,17 +94,19 @@ class EndFinder:
         if len(kept.data) != size or kept.data.count(b"\n") > REREAD_LINES:
             raise NothingFound
         dialect = self.catalog.get(turn.engine).dialect
-        return end_of_output(kept.data, dialect, turn, self._kept(turn))
+        return end_of_output(kept.data, dialect, turn, kept_turn(self.workspaces, turn))
 
-    def _kept(self, turn: OpenTurn) -> KeptTurn:
-        session, place = turn.session, (turn.run_key, turn.attempt)
-        return KeptTurn(
-            handle=None if session is None else session.handle,
-            is_resumed=session is not None and session.turn < turn.turn,
-            used_before=turn.session_usage,
-            workspace=str(self.workspaces.workspace(*place)),
-            deferred=deferred_calls(self.workspaces.permissions(*place), turn.turn),
-        )
+
+def kept_turn(workspaces: Workspaces, turn: OpenTurn) -> KeptTurn:
+    """Return the facts with which the output of a turn is parsed again."""
+    session, place = turn.session, (turn.run_key, turn.attempt)
+    return KeptTurn(
+        handle=None if session is None else session.handle,
+        is_resumed=session is not None and session.turn < turn.turn,
+        used_before=turn.session_usage,
+        workspace=str(workspaces.workspace(*place)),
+        deferred=deferred_calls(workspaces.permissions(*place), turn.turn),
+    )
 
 
 def end_of_output(

@@ -32,7 +32,7 @@ from runrecovery_service.process.agent_command import agent_environment
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.ending import Ending
-from runrecovery_service.process.launch import prepare
+from runrecovery_service.process.launch import OutputRest, prepare
 from runrecovery_service.process.launch_errors import (
     TRANSIENT,
     LaunchDelayed,
@@ -145,6 +145,16 @@ class Launch:
         """True when the shim has ended. A shim ends once its tree has ended."""
         shim = None if self._process is None else read_proc(self._process.pid)
         return shim is None or shim.dead
+
+    def need_no_output(self) -> None:
+        """Keep no more output of the agent: the shim may exit with its tree."""
+        if self._process is not None:
+            self._process.need_no_output()
+
+    def leave_output(self) -> None:
+        """Leave the output that is not kept to the shim. The supervisor reads no more."""
+        if self._process is not None:
+            self._process.leave_output()
 
     def withdraw(self) -> None:
         """End a shim that still waits at its gate; its agent never starts."""
@@ -313,7 +323,17 @@ class Launch:
                 stdout_pipe_bytes=self.launcher.share.stdout_pipe_bytes,
             ),
             cgroup_procs=self._make_cgroup(),
+            rest=self._output_rest(),
         )
+
+    def _output_rest(self) -> OutputRest:
+        run, workspaces = self.records.turn.run, self.launcher.workspaces
+        path = workspaces.output_rest(run.key, run.attempt, run.turn)
+        try:
+            kept_bytes = workspaces.output(run.key, run.attempt).stat().st_size
+        except FileNotFoundError:  # no earlier turn has printed anything
+            kept_bytes = 0
+        return OutputRest(path.absolute(), kept_bytes)
 
     def _make_cgroup(self) -> Path | None:
         cgroup = self.records.turn.launch.cgroup

@@ -13,19 +13,27 @@ import select
 import termios
 from array import array
 from collections.abc import Callable
-from typing import Final
+from typing import TypeVar
 
-READ_BYTES: Final = 65536
+from runrecovery_service.process.spool import READ_BYTES
+
+R = TypeVar("R")
+
 POLL_FIRST_S, POLL_MOST_S = 0.002, 0.05
 
 
 async def read(descriptor: int) -> bytes:
     """Wait until a pipe has data, and return the data; empty at the end of the pipe."""
+    return await read_by(descriptor, lambda pipe: os.read(pipe, READ_BYTES))
+
+
+async def read_by(descriptor: int, take: Callable[[int], R]) -> R:
+    """Wait until a pipe has data or has ended, and return what `take` makes of it."""
     os.set_blocking(descriptor, False)
     loop = asyncio.get_running_loop()
     while True:
         try:
-            return os.read(descriptor, READ_BYTES)
+            return take(descriptor)
         except BlockingIOError:
             await _wait_until_ready(descriptor, loop.add_reader, loop.remove_reader)
 

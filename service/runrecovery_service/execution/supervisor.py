@@ -153,6 +153,7 @@ class TurnSupervisor:
         if self._rules is not None:
             end = end_of_budget(end, self._rules.why_used_up(self.state.used))
         self.is_ending = True
+        self.launch.need_no_output()
         ending = await self._end_tree()
         await self._finish(end, ending)
 
@@ -162,6 +163,7 @@ class TurnSupervisor:
         Raises:
             Fenced: a newer epoch owns the run.
         """
+        self.launch.need_no_output()
         await self._finish(_defect(), await self.launch.end_tree(why="defect"))
 
     async def _finish(self, end: TurnEnd, ending: Ending) -> None:

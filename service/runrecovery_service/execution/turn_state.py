@@ -390,8 +390,8 @@ def _signal(state: TurnState, signal: Signal, rules: TurnRules, now_s: float) ->
         case Signal.SHIM_GONE:
             return replace(state, is_unsupervised=state.exited is None, exit_due_s=soon_s)
         case Signal.SHIM_USELESS:
-            # A shim ends after its tree. While a write is retried, the straggler sweep may find
-            # the shim gone before the exit, which the shim reported, was taken from the queue.
+            # A shim may be killed after its tree has ended. While a write is retried, the straggler
+            # sweep may find it gone before the exit, which it reported, was taken from the queue.
             return replace(state, is_unsupervised=state.exited is None)
         case Signal.OUTPUT_UNREAD:
             return replace(state, exit_due_s=soon_s)

@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,8 +26,22 @@ from runrecovery_service.process.resource_limits import ResourceLimits
 from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.process.shim_events import Gated
 from runrecovery_service.process.shimmed_process import SHIM_TIMEOUT_S, ShimmedProcess
+from runrecovery_service.process.spool import Spool
 
 SHIM: Final = str(Path(__file__).with_name("shim_main.py"))
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRest:
+    """Where a shim saves the standard output that its service could not keep.
+
+    Attributes:
+        path: the file for it, an absolute path.
+        kept_bytes: the size of the output file before the agent starts.
+    """
+
+    path: Path
+    kept_bytes: int
 
 
 def prepare(
@@ -39,6 +54,7 @@ def prepare(
     journal: Path | None,
     limits: ResourceLimits | None = None,
     cgroup_procs: Path | None = None,
+    rest: OutputRest | None = None,
 ) -> ShimmedProcess:
     """Spawn the shim for `command` and return once it waits at its gate.
 
@@ -52,6 +68,7 @@ def prepare(
         deadline_ns: CLOCK_BOOTTIME at which the shim kills everything unless a heartbeat comes.
         journal: the file to which the shim appends the signals that it sends; None: no journal.
         cgroup_procs: the file that moves the agent into its own cgroup.
+        rest: where the shim saves output that the service leaves unkept; None: it is lost.
 
     Raises:
         LaunchFailed: not found, not executable, or refused by the system.
@@ -70,11 +87,13 @@ def prepare(
                 env=dict(env),
                 cwd=str(cwd),
                 confinement=_confinement(limits, cgroup_procs),
+                rest="" if rest is None else str(rest.path),
             )
         )
     except ValueError as error:  # a NUL in a word
         raise LaunchFailed(f"{command[0]}: {error}") from error
-    process = _spawn(markers, journal, limits.stdout_pipe_bytes)
+    kept_bytes = 0 if rest is None else rest.kept_bytes
+    process = _spawn(markers, journal, kept_bytes, limits.stdout_pipe_bytes)
     try:
         process.send_order(order)
         event = process.next_event()
@@ -97,47 +116,56 @@ def _confinement(limits: ResourceLimits, cgroup_procs: Path | None) -> wire.Conf
     )
 
 
-def _spawn(markers: LaunchMarkers, journal: Path | None, pipe_bytes: int) -> ShimmedProcess:
-    for_shim: list[int] = []
-    for_service: list[int] = []
-    try:
-        for service_reads in (False, True):
-            read, write = os.pipe()
-            for_service.append(read if service_reads else write)
-            for_shim.append(write if service_reads else read)
-        for_shim.append(_open_journal(journal))
-        popen = subprocess.Popen(  # noqa: S603 - our own program
-            [sys.executable, "-I", "-S", SHIM, *map(str, for_shim)],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            # Only the cookie: variables such as LD_PRELOAD are meant for the agent, not the shim.
-            env={COOKIE_VARIABLE: markers.token},
-            close_fds=True,
-            pass_fds=for_shim,
-            start_new_session=True,
-        )
-    except OSError as error:
-        for fd in for_service:
-            os.close(fd)
-        reason = f"{error.strerror}: {error.filename or 'the shim'}"
-        raise launch_error(error, reason) from error
-    finally:
-        for fd in for_shim:
-            os.close(fd)
-    try:
-        assert popen.stdout is not None  # noqa: S101 - it is a pipe
-        widen_pipe(popen.stdout.fileno(), pipe_bytes)
-        return _describe(popen, gate=for_service[0], report=for_service[1])
-    except BaseException:  # the shim waits as long as its gate is open: close the gate
-        for fd in for_service:
-            os.close(fd)
+def _spawn(
+    markers: LaunchMarkers, journal: Path | None, kept_bytes: int, pipe_bytes: int
+) -> ShimmedProcess:
+    with ExitStack() as for_service, ExitStack() as for_shim:
+        try:
+            gate_read, gate = _pipe(for_shim, for_service)
+            report, report_write = _pipe(for_service, for_shim)
+            journal_fd = _open_journal(journal)
+            for_shim.callback(os.close, journal_fd)
+            spool = Spool(kept_bytes=kept_bytes)
+            for_service.callback(spool.close)
+            descriptors = (gate_read, report_write, journal_fd, spool.descriptor)
+            popen = subprocess.Popen(  # noqa: S603 - our own program
+                [sys.executable, "-I", "-S", SHIM, *map(str, descriptors)],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                # Only the cookie: variables such as LD_PRELOAD are for the agent, not the shim.
+                env={COOKIE_VARIABLE: markers.token},
+                close_fds=True,
+                pass_fds=descriptors,
+                start_new_session=True,
+            )
+        except OSError as error:
+            reason = f"{error.strerror}: {error.filename or 'the shim'}"
+            raise launch_error(error, reason) from error
+        # If a step below fails, the gate closes with all other descriptors, and the shim exits.
         for pipe in (popen.stdin, popen.stdout, popen.stderr):
-            if pipe is not None:
-                pipe.close()
-        raise
+            assert pipe is not None  # noqa: S101 - all three are pipes
+            for_service.callback(pipe.close)
+        assert popen.stdout is not None  # noqa: S101 - see above
+        widen_pipe(popen.stdout.fileno(), pipe_bytes)
+        process = ShimmedProcess(
+            popen=popen,
+            start_ticks=_start_ticks(popen.pid),
+            gate=gate,
+            report=report,
+            spool=spool,
+        )
+        for_service.pop_all()
+        return process
+
+
+def _pipe(for_reader: ExitStack, for_writer: ExitStack) -> tuple[int, int]:
+    read, write = os.pipe()
+    for_reader.callback(os.close, read)
+    for_writer.callback(os.close, write)
+    return read, write
 
 
 def _open_journal(journal: Path | None) -> int:
@@ -146,12 +174,12 @@ def _open_journal(journal: Path | None) -> int:
     return open_regular(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
-def _describe(popen: subprocess.Popen[bytes], *, gate: int, report: int) -> ShimmedProcess:
+def _start_ticks(pid: int) -> int:
     # /proc shows the shim even if it has ended: it has not been reaped.
-    proc = read_proc(popen.pid)
+    proc = read_proc(pid)
     if proc is None:
-        raise LaunchFailed(f"/proc does not show the new process {popen.pid}")
-    return ShimmedProcess(popen=popen, start_ticks=proc.start_ticks, gate=gate, report=report)
+        raise LaunchFailed(f"/proc does not show the new process {pid}")
+    return proc.start_ticks
 
 
 def _abandon(process: ShimmedProcess) -> None:

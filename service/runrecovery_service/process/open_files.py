@@ -15,7 +15,8 @@ BASE: Final = 80
 STORE: Final = 64
 """Up to eleven threads with one connection each. SQLite opens three files per connection."""
 PER_RUN: Final = 20
-"""Five pipes while the agent lives, ten more during its launch, four for its output files."""
+"""Five pipes and the spool while the agent lives, ten more descriptors during its launch, four for
+its output files."""
 PER_WEBHOOK: Final = 10
 """Eight connections, and two names that are looked up."""
 LEAST_CONNECTIONS: Final = 32

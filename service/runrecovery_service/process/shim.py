@@ -2,15 +2,16 @@
 
 It is started before the agent and sets the launch's markers on itself, which all its descendants
 inherit. It waits at the gate until the launch is recorded, and then starts the agent. It reaps
-every descendant that loses its parent, reports how the agent ended, and exits when no process is
-left.
+every descendant that loses its parent, and reports how the agent ended. When no process is left and
+the service needs no more of the agent's output, it exits.
 
 The shim kills its whole tree at once if the gate closes (the service died) or if no heartbeat comes
 before the deadline (the service hangs or was cut off from its database). In both cases the service
-may be unable to kill the tree.
+may be unable to kill the tree. If the service died, the shim then saves the output that the service
+had not kept.
 
-`shim_main.py` runs it with three inherited descriptors: two pipes (`wire.py`) and the journal. It
-imports only light modules of the standard library.
+`shim_main.py` runs it with its inherited descriptors: two pipes (`wire.py`), the journal, and the
+spool (`spool.py`). It imports only light modules of the standard library.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import select
 import signal
 import time
 
-from runrecovery_service.process import prctl, procfs, signals, wire
+from runrecovery_service.process import output_rest, prctl, procfs, signals, wire
 
 TICK_S = 1.0
 """How often the deadline is checked: a poll does not notice that the machine slept, but boot time
@@ -41,13 +42,17 @@ _KILLED = "killed"
 class Shim:
     """The guard of one launch. `run` is its whole life."""
 
-    def __init__(self, gate: int, report: int, journal: int) -> None:
+    def __init__(self, gate: int, report: int, journal: int, spool: int) -> None:
         self._gate = gate
         self._report = report
         self._journal = journal
+        self._spool = spool
+        self._output = -1
         self._unparsed = b""
         self._gate_closed = False
         self._is_released = False
+        self._is_output_done = False
+        self._is_output_left = False
         self._deadline_ns = 0
         self._agent = 0
         self._start_ticks = 0
@@ -57,8 +62,8 @@ class Shim:
         """Guard the tree; return the exit code of the shim."""
         prctl.hide()  # first: no process of the same user may write to our pipes or trace us
         os.set_blocking(self._report, False)  # a service that does not read must not block us
-        own = (self._gate, self._report, self._journal, self._wake_read, self._wake_write)
-        for fd in own:
+        own = (self._gate, self._report, self._journal, self._spool)
+        for fd in (*own, self._wake_read, self._wake_write):
             os.set_inheritable(fd, False)  # noqa: FBT003 - that is its signature
         order = self._read_order()
         if order is None:
@@ -74,6 +79,8 @@ class Shim:
             self._report_event(f"{wire.ENDING} {why}")
             self._kill_tree(why)
         self._report_event(wire.EMPTY)
+        if order.rest:
+            self._settle_output(order.rest)
         return 0
 
     # -- the gate ------------------------------------------------------------------------------
@@ -99,11 +106,15 @@ class Shim:
         return bool(data)
 
     def _parse_lines(self) -> None:
-        """Take the newest deadline and the release from the lines that have arrived."""
+        """Take the newest deadline and the orders from the lines that have arrived."""
         *lines, self._unparsed = self._unparsed.split(b"\n")
         for line in lines:
             if line == wire.RELEASE:
                 self._is_released = True
+            elif line == wire.DONE:
+                self._is_output_done = True
+            elif line == wire.LEFT:
+                self._is_output_left = True
             else:
                 self._deadline_ns = int(line)
 
@@ -156,6 +167,8 @@ class Shim:
             # Opened before the fork: once the agent is alive, no step of the shim may fail.
             null = os.open(os.devnull, os.O_RDWR)
             failure_read, failure_write = os.pipe()  # the exec closes it, empty if all went well
+            if order.rest:
+                self._output = os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK)
             self._agent = os.fork()
         except OSError as error:
             self._report_event(f"{wire.REFUSED} {error.errno or 0} fork")
@@ -221,9 +234,26 @@ class Shim:
             if pid == self._agent:
                 code = os.waitstatus_to_exitcode(status)
                 # Before the report: a restart can then prove every exit that the service knew.
-                self._record_exit(code)
+                self._write_fact(f'"event": "{wire.AGENT_EXITED}", "code": {code}')
                 user_us, system_us = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
                 self._report_event(f"{wire.EXITED} {code} {user_us} {system_us} {usage.ru_maxrss}")
+
+    # -- the last output -----------------------------------------------------------------------
+
+    def _settle_output(self, rest: str) -> None:
+        """Wait until the service needs no more output, or save what it leaves.
+
+        While the service may still read the pipe, nobody else may: even if it has hung for longer
+        than its lease, and its tree is dead.
+        """
+        os.close(self._report)  # the service waits for the end of the report, not for the exit
+        while not (self._is_output_done or self._is_output_left or self._gate_closed):
+            self._read_gate()
+            self._parse_lines()
+        if not self._is_output_done:
+            is_stopped = self._is_output_left
+            fact = output_rest.save(self._output, self._spool, rest, is_stopped=is_stopped)
+            self._write_fact(fact)
 
     # -- killing the tree ----------------------------------------------------------------------
 
@@ -293,10 +323,10 @@ class Shim:
         )
         self._write_journal(line)
 
-    def _record_exit(self, code: int) -> None:
+    def _write_fact(self, members: str) -> None:
         self._write_journal(
-            f'{{"event": "{wire.AGENT_EXITED}", "at_ns": {time.time_ns()}, "code": {code},'
-            f' "by": {os.getpid()}, "by_start_ticks": {self._start_ticks}}}\n'
+            f'{{{members}, "at_ns": {time.time_ns()}, "by": {os.getpid()},'
+            f' "by_start_ticks": {self._start_ticks}}}\n'
         )
 
     def _write_journal(self, line: str) -> None:

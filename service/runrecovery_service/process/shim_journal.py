@@ -1,13 +1,15 @@
 """The journal of one launch, which also records what happens while the service is dead.
 
-The shim records the signals that it sends by itself, and how the agent ended. The service records
-that it has kept the whole output. A machine that crashes may lose any of it.
+The shim records the signals that it sends by itself, how the agent ended, and the rest of the
+output that it has saved. The service records that it has kept the whole output. A machine that
+crashes may lose any of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,28 @@ class RecordedEnd:
     exit_code: int
     begin: int
     end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedRest:
+    """The standard output that a shim has saved after the death of its service.
+
+    Attributes:
+        kept: the size of the output file without it.
+        size: its own size.
+        begin: the size of the output file before the agent's first output. None: the file does not
+            have all of it.
+        at_end: it reaches to the end of the output, and no planned stop has asked the agent to end.
+        exit_code: how the agent ended; negative for a signal. None: not recorded.
+        is_kept: all output is recorded as kept.
+    """
+
+    kept: int
+    size: int
+    begin: int | None
+    at_end: bool
+    exit_code: int | None
+    is_kept: bool
 
 
 def record_kept(journal: Path, shim: Identity, *, begin: int, end: int) -> None:
@@ -60,16 +84,51 @@ def read_end(journal: Path, shim: Identity) -> RecordedEnd | None:
     Raises:
         OSError: the journal cannot be read.
     """
-    entries = [entry for line in _lines(journal) if (entry := _entry(line, shim)) is not None]
-    exits = [entry for entry in entries if entry.get("event") == wire.AGENT_EXITED]
-    kept = [entry for entry in entries if entry.get("event") == wire.KEPT]
+    entries = _entries(journal, shim)
+    exits, kept = entries[wire.AGENT_EXITED], entries[wire.KEPT]
     if len(exits) != 1 or len(kept) != 1:
         return None
-    numbers = exits[0].get("code"), kept[0].get("begin"), kept[0].get("end")
-    code, begin, end = (number if type(number) is int else None for number in numbers)
+    code, begin, end = _int(exits[0], "code"), _int(kept[0], "begin"), _int(kept[0], "end")
     if code is None or begin is None or end is None or not 0 <= begin <= end:
         return None
     return RecordedEnd(exit_code=code, begin=begin, end=end)
+
+
+def read_rest(journal: Path, shim: Identity) -> RecordedRest | None:
+    """Return the rest of the output that a shim has saved; None if it has saved none.
+
+    Raises:
+        OSError: the journal cannot be read.
+    """
+    entries = _entries(journal, shim)
+    exits, rests = entries[wire.AGENT_EXITED], entries[wire.REST]
+    if len(rests) != 1:
+        return None
+    kept, size, begin = (_int(rests[0], name) for name in ("kept", "size", "begin"))
+    if kept is None or size is None or begin is None or kept < 0 or size < 0:
+        return None
+    return RecordedRest(
+        kept=kept,
+        size=size,
+        begin=None if begin == wire.UNKNOWN else begin,
+        at_end=rests[0].get("at_end") is True,
+        exit_code=_int(exits[0], "code") if len(exits) == 1 else None,
+        is_kept=bool(entries[wire.KEPT]),
+    )
+
+
+def _entries(journal: Path, shim: Identity) -> dict[str, list[Mapping[str, object]]]:
+    """Return the entries about a shim, by their events."""
+    entries: dict[str, list[Mapping[str, object]]] = defaultdict(list)
+    for line in _lines(journal):
+        if (entry := _entry(line, shim)) is not None:
+            entries[str(entry.get("event"))].append(entry)
+    return entries
+
+
+def _int(entry: Mapping[str, object], name: str) -> int | None:
+    number = entry.get(name)
+    return number if type(number) is int else None
 
 
 def _entry(line: str, shim: Identity) -> Mapping[str, object] | None:

@@ -1,4 +1,4 @@
-"""The shim's program: `python -I -S shim_main.py GATE REPORT JOURNAL` (see `shim.py`).
+"""The shim's program: `python -I -S shim_main.py GATE REPORT JOURNAL SPOOL` (see `shim.py`).
 
 It is a file of its own so that `shim.py` is loaded in its compiled form, which saves 3 ms and 1 MiB
 per launch.
@@ -13,4 +13,4 @@ sys.path.append(os.path.abspath(__file__).rsplit(os.sep, 3)[0])  # noqa: PTH100 
 from runrecovery_service.process.shim import Shim
 
 if __name__ == "__main__":
-    sys.exit(Shim(*map(int, sys.argv[1:4])).run())
+    sys.exit(Shim(*map(int, sys.argv[1:5])).run())

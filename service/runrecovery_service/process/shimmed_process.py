@@ -13,6 +13,7 @@ from typing import IO, Final, cast
 from runrecovery_service.process import wire
 from runrecovery_service.process.launch_errors import LaunchFailed, ShimLost, launch_error
 from runrecovery_service.process.shim_events import NotStarted, ShimEvent, Started, parse_event
+from runrecovery_service.process.spool import Spool
 
 SHIM_TIMEOUT_S: Final = 20.0
 """Longest wait for the shim to reach its gate, and then for the agent's start. Each takes some
@@ -30,6 +31,7 @@ class ShimmedProcess:
         popen: the shim, which leads a session of its own. The agent leads another one.
         start_ticks: the shim's start ticks.
         gate, report: the service's ends of the shim's two pipes.
+        spool: standard output that was read and is not kept yet.
         watermarked: the tree carries the launch's watermark.
         agent: the event of the agent's start, None before it.
         unread_events: events that arrived together with the event that a caller waited for.
@@ -39,6 +41,7 @@ class ShimmedProcess:
     start_ticks: int
     gate: int
     report: int
+    spool: Spool
     watermarked: bool = False
     agent: Started | None = field(default=None, init=False)
     unread_events: list[ShimEvent] = field(default_factory=list, init=False)
@@ -87,6 +90,14 @@ class ShimmedProcess:
             except OSError:
                 return False
             return True
+
+    def need_no_output(self) -> None:
+        """Let the shim exit with its tree: no more output of the agent will be kept."""
+        self._write_to_gate(wire.DONE + b"\n")
+
+    def leave_output(self) -> None:
+        """Leave all output that is not kept to the shim. Nothing may read the pipe any more."""
+        self._write_to_gate(wire.LEFT + b"\n")
 
     def send_order(self, order: bytes) -> None:
         """Write the launch order to the shim.
@@ -191,6 +202,7 @@ class ShimmedProcess:
         self.close_report()
         for pipe in (self.stdin, self.stdout, self.stderr):
             pipe.close()
+        self.spool.close()
 
     def dispose(self) -> None:
         """Close all pipes and reap the shim. Block until the shim has ended its tree and exited."""

@@ -1,8 +1,9 @@
 """The protocol between the service and the shim of one launch, over two pipes.
 
 The service writes to the gate: the order, then one line for each heartbeat (a time of
-CLOCK_BOOTTIME in nanoseconds), and once the line that releases the agent. When the gate closes, for
-whatever reason, the shim kills its whole tree. The shim writes to the report: one line per event.
+CLOCK_BOOTTIME in nanoseconds), once the line that releases the agent, and at last the line that
+says who keeps the last output. When the gate closes, for whatever reason, the shim kills its whole
+tree. The shim writes to the report: one line per event.
 
 The shim imports this module too, so it imports only light modules of the standard library.
 """
@@ -12,6 +13,10 @@ from __future__ import annotations
 import os
 
 RELEASE = b"go"
+DONE, LEFT = b"done", b"left"
+"""Lines of the gate. `done`: the service needs no more output of the agent. `left`: the service
+reads no more, and leaves to the shim what it has not kept. A gate that closes without `done` says
+`left`. A shim with a file for this rest exits only after one of them."""
 NEVER_RAN = 125
 """The shim's exit code if the gate closed or the deadline passed before the agent's release."""
 
@@ -28,11 +33,50 @@ GATED, STARTED, REFUSED, EXITED, EMPTY, ENDING = (
 - `ending WHY`: the shim kills its whole tree.
 """
 
-AGENT_EXITED, KEPT = "agent.exited", "output.kept"
-"""Entries of the journal: the shim records the exit, the service that it has kept all output."""
+AGENT_EXITED, KEPT, REST = "agent.exited", "output.kept", "output.rest"
+"""Entries of the journal: the shim records the exit, and that it has saved the rest of the output;
+the service that it has kept all output."""
 
 SERVICE_GONE, LEASE_OVER = "service_gone", "lease_over"
 """Why a shim kills its tree: the gate closed, or no heartbeat came before the deadline."""
+
+
+UNKNOWN = -1
+POSITION_BYTES = 24
+"""The beginning of the spool: three integers of 8 bytes. The raw output follows."""
+
+
+class Position:
+    """How far the output file has the output in the spool.
+
+    Attributes:
+        start: the offset in the spool of the first byte that is not in the file.
+        kept: the size of the file; UNKNOWN: the file lacks something.
+        begin: its size before the first output of the process; UNKNOWN: the file does not have all
+            of the output.
+    """
+
+    __slots__ = ("begin", "kept", "start")
+
+    def __init__(self, *, start: int, kept: int, begin: int) -> None:
+        self.start = start
+        self.kept = kept
+        self.begin = begin
+
+
+def pack_position(position: Position) -> bytes:
+    """Return a position as the beginning of the spool."""
+    numbers = (position.start, position.kept, position.begin)
+    return b"".join(number.to_bytes(8, "little", signed=True) for number in numbers)
+
+
+def unpack_position(data: bytes) -> Position:
+    """Return the position in the beginning of a spool."""
+    start, kept, begin = (
+        int.from_bytes(data[at : at + 8], "little", signed=True)
+        for at in range(0, POSITION_BYTES, 8)
+    )
+    return Position(start=start, kept=kept, begin=begin)
 
 
 class Confinement:
@@ -70,9 +114,10 @@ class Order:
         watermark: the limit on file locks to set; 0: none can be set here.
         program, argv, env, cwd: those of the agent.
         confinement: the limits of the agent's processes.
+        rest: the file for output that the service leaves unkept; empty: it is not saved.
     """
 
-    __slots__ = ("argv", "confinement", "cwd", "deadline_ns", "env", "program", "watermark")
+    __slots__ = ("argv", "confinement", "cwd", "deadline_ns", "env", "program", "rest", "watermark")
 
     def __init__(
         self,
@@ -84,6 +129,7 @@ class Order:
         env: dict[str, str],
         cwd: str,
         confinement: Confinement,
+        rest: str = "",
     ) -> None:
         self.deadline_ns = deadline_ns
         self.watermark = watermark
@@ -92,6 +138,7 @@ class Order:
         self.env = env
         self.cwd = cwd
         self.confinement = confinement
+        self.rest = rest
 
 
 def pack(order: Order) -> bytes:
@@ -103,7 +150,8 @@ def pack(order: Order) -> bytes:
     limits = order.confinement
     words = [
         str(order.deadline_ns), str(order.watermark), str(limits.niceness),
-        order.program, order.cwd, limits.cgroup_procs, str(limits.soft_open_files),
+        order.program, order.cwd, order.rest, limits.cgroup_procs,
+        str(limits.soft_open_files),
         str(len(limits.rlimits)), *(f"{key}={value}" for key, value in limits.rlimits.items()),
         str(len(order.argv)), *order.argv,
         *(f"{name}={value}" for name, value in order.env.items()),
@@ -118,7 +166,7 @@ def unpack(body: bytes) -> Order:
     """Return the order of a body (without the line of its length)."""
     words = iter([os.fsdecode(word) for word in body.split(b"\0")])
     deadline_ns, watermark, niceness = int(next(words)), int(next(words)), int(next(words))
-    program, cwd, cgroup_procs = next(words), next(words), next(words)
+    program, cwd, rest, cgroup_procs = next(words), next(words), next(words), next(words)
     soft_open_files = int(next(words))
     rlimits = dict(next(words).split("=") for _ in range(int(next(words))))
     return Order(
@@ -126,6 +174,7 @@ def unpack(body: bytes) -> Order:
         watermark=watermark,
         program=program,
         cwd=cwd,
+        rest=rest,
         confinement=Confinement(
             niceness=niceness,
             rlimits={int(key): int(value) for key, value in rlimits.items()},

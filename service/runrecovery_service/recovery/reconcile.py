@@ -6,6 +6,7 @@ to 3 for the runs of a dead instance, while this service serves.
 
 0. Adopt what another instance name left in a SQLite store. The steps below then cover it.
 1. Kill orphans, before any state changes: an orphan may still write to a run that is about to fail.
+   Complete the kept output of their turns.
 2. Check the sessions of engines that have a session check.
 3. Find the results and questions of turns that had ended before their end could be recorded, count
    the calls of the turns that were killed, and decide on every run of an earlier epoch, in batches.
@@ -45,6 +46,7 @@ from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
 from runrecovery_service.recovery.find_end import FindEnd, find_no_end
 from runrecovery_service.recovery.killed_usage import KilledUsage, with_counted
+from runrecovery_service.recovery.last_output import CompletesOutput, complete_outputs
 from runrecovery_service.recovery.recovery_log import identity, log_completed, log_decisions
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.recovery.status import RecoveryStatus
@@ -134,6 +136,7 @@ class Leftovers:
         trust: removes trust entries.
         find_end: finds the ends of turns in their kept output.
         usage: counts the calls of killed turns; None: they do not count.
+        outputs: completes the kept output; None: it stays as it is.
     """
 
     launches: EndsLaunches
@@ -141,6 +144,7 @@ class Leftovers:
     trust: TrustCleaner
     find_end: FindEnd = find_no_end
     usage: KilledUsage | None = None
+    outputs: CompletesOutput | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +286,10 @@ class Recovery:
             return nullcontext()
         return db.guarded_by(self.dead.demand_current)
 
+    @property
+    def _elsewhere(self) -> Fact:
+        return NOTHING if self.dead is None else self.dead.elsewhere
+
     def _scope(self, report: ReportBuilder) -> ApplyScope:
         return ApplyScope(
             owner=self.owner,
@@ -291,7 +299,7 @@ class Recovery:
             reopen=self.clock.due_in(self.limits.reopen_window_s),
             now=self.clock.now(),
             steady=self.clock.steady(),
-            elsewhere=NOTHING if self.dead is None else self.dead.elsewhere,
+            elsewhere=self._elsewhere,
         )
 
     def _is_safe_mode(self, db: Database) -> bool:
@@ -351,6 +359,10 @@ class Recovery:
         if not launches:
             return
         endings = self.leftovers.launches.end(launches)
+        # Before the launches are closed: after a crash in between, the next start repeats it.
+        if self.leftovers.outputs is not None and not self._elsewhere:
+            gone = [each for each in launches if endings[each.key].gone]
+            complete_outputs(db, self.leftovers.outputs, gone, self.stop)
         ended = [(launch, _ended(endings[launch.key])) for launch in launches]
         launch_records.close_all(db, ended, now=self.clock.now(), reconciliation_key=report.key)
         if self.dead is not None:

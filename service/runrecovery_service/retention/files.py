@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.agents.output import OUTPUT_NAMES
+from runrecovery_service.agents.output import is_output_name
 from runrecovery_service.domain.retention import RetentionKind
 
 REMOVED: Final = ".removed"
@@ -70,7 +70,7 @@ class RunFiles:
                 continue
             try:
                 for name in _names(folder):
-                    if (name in OUTPUT_NAMES) is (kind is RetentionKind.OUTPUTS):
+                    if is_output_name(name) is (kind is RetentionKind.OUTPUTS):
                         self._move(name, folder, key)
             finally:
                 os.close(folder)
@@ -225,4 +225,4 @@ def _is_folder(path: Path) -> bool:
 
 def _is_output(path: Path) -> bool:
     """Return whether a path below the folder of a run is output of one of its attempts."""
-    return len(path.parts) == 2 and path.name in OUTPUT_NAMES
+    return len(path.parts) == 2 and is_output_name(path.name)

@@ -9,6 +9,7 @@ from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.execution.output_completer import OutputCompleter
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.recovery.hand_over import HandOver
 from runrecovery_service.recovery.killed_usage import KilledUsage
@@ -41,6 +42,12 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
                 catalog=parts.catalog,
                 workspace=parts.workspaces.workspace,
                 output=parts.workspaces.output,
+            ),
+            outputs=OutputCompleter(
+                catalog=parts.catalog,
+                workspaces=parts.workspaces,
+                output=parts.output,
+                boot_id=parts.host.boot_id,
             ),
         ),
         tracer=parts.tracer,

@@ -20,6 +20,7 @@ from runrecovery_service.domain.usage import (
 )
 from runrecovery_service.storage import usage
 from runrecovery_service.storage.database import Database, Row
+from runrecovery_service.storage.launch_records import LaunchRecord
 from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
 from runrecovery_service.storage.rows import (
     enum_from_text,
@@ -71,22 +72,33 @@ class OpenTurn:
     reported: TurnUsage | None = None
 
 
+_TURNS: Final = (
+    "SELECT r.id, r.run_id, r.engine, r.profile, r.attempt, r.turn, r.session_type,"
+    " r.session_value, r.session_turn, l.boot_id, l.pid, l.start_ticks, r.session_timeout_us,"
+    " r.require_user_reply, r.session_usage, l.usage, r.max_tokens, r.max_cost_nanos,"
+    f" {_USED} FROM run r"
+    " JOIN process_lease l ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn"
+    " WHERE l.pid IS NOT NULL AND l.start_ticks IS NOT NULL"
+)
+
+
 def open_turns(
     db: Database, scope: RecoveryScope, *, first: int = 0, last: int = LAST_KEY
 ) -> list[OpenTurn]:
     """Return the turns of runs in scope with keys from `first` to `last`, without canceled runs."""
     rows = db.fetch_all(
-        "SELECT r.id, r.run_id, r.engine, r.profile, r.attempt, r.turn, r.session_type,"
-        " r.session_value, r.session_turn, l.boot_id, l.pid, l.start_ticks, r.session_timeout_us,"
-        " r.require_user_reply, r.session_usage, l.usage, r.max_tokens, r.max_cost_nanos,"
-        f" {_USED} FROM run r"
-        " JOIN process_lease l ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn"
-        f" WHERE r.status = '{RunStatus.RUNNING}' AND {live('r.')} AND r.owner = ?"
+        f"{_TURNS} AND r.status = '{RunStatus.RUNNING}' AND {live('r.')} AND r.owner = ?"
         " AND r.owner_epoch < ? AND r.id BETWEEN ? AND ? AND r.cancel_requested_at IS NULL"
-        " AND l.pid IS NOT NULL AND l.start_ticks IS NOT NULL ORDER BY r.id",
+        " ORDER BY r.id",
         (*scope.params, first, last),
     )
     return [_open_turn(row) for row in rows]
+
+
+def turn_of(db: Database, launch: LaunchRecord) -> OpenTurn | None:
+    """Return the turn of a launch, whatever the run's status; None if it is not the latest turn."""
+    row = db.fetch_one(f"{_TURNS} AND l.id = ? AND l.cookie = ?", launch.identity)
+    return None if row is None else _open_turn(row)
 
 
 def _open_turn(row: Row) -> OpenTurn:
