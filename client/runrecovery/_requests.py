@@ -142,6 +142,7 @@ def list_runs(
     created_after: datetime | None,
     created_before: datetime | None,
     view: run_pb2.RunView.ValueType,
+    oldest_first: bool,
     page_size: int,
 ) -> Listing[run_pb2.Run]:
     chosen = run_service_pb2.RunFilter(
@@ -154,7 +155,11 @@ def list_runs(
     return _listing(
         _RUNS + "ListRuns",
         lambda token: run_service_pb2.ListRunsRequest(
-            filter=chosen, page_size=page_size, page_token=token, view=view
+            filter=chosen,
+            page_size=page_size,
+            page_token=token,
+            view=view,
+            oldest_first=oldest_first,
         ),
         run_service_pb2.ListRunsResponse.FromString,
         lambda response: response.runs,

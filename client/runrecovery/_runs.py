@@ -94,10 +94,11 @@ class Runs:
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         view: run_pb2.RunView.ValueType = run_pb2.RUN_VIEW_UNSPECIFIED,
+        oldest_first: bool = False,
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> Iterator[run_pb2.Run]:
-        """Iterate over all runs that match, newest first; pages are fetched as needed.
+        """Iterate over all runs that match, newest first by default; pages are fetched as needed.
 
         Args:
             statuses: only these; empty means every status.
@@ -106,6 +107,7 @@ class Runs:
             created_after: only runs created at or after this time, which needs a time zone.
             created_before: only runs created before this time, which needs a time zone.
             view: `RUN_VIEW_BASIC` omits input, output and the question's text.
+            oldest_first: the runs that were created first come first.
             page_size: runs per call, 1 to 1000. A page must fit `max_receive_bytes`.
             timeout_s: the deadline of each page.
         """
@@ -116,6 +118,7 @@ class Runs:
             created_after=created_after,
             created_before=created_before,
             view=view,
+            oldest_first=oldest_first,
             page_size=page_size,
         )
         return self._wire.rows(listing, timeout_s=timeout_s)
@@ -340,10 +343,11 @@ class AsyncRuns:
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         view: run_pb2.RunView.ValueType = run_pb2.RUN_VIEW_UNSPECIFIED,
+        oldest_first: bool = False,
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> AsyncIterator[run_pb2.Run]:
-        """Iterate over all runs that match, newest first; pages are fetched as needed."""
+        """Iterate over all runs that match, newest first by default; pages come as needed."""
         listing = requests.list_runs(
             statuses=statuses,
             engine=engine,
@@ -351,6 +355,7 @@ class AsyncRuns:
             created_after=created_after,
             created_before=created_before,
             view=view,
+            oldest_first=oldest_first,
             page_size=page_size,
         )
         return self._wire.rows(listing, timeout_s=timeout_s)

@@ -53,6 +53,35 @@ def test_a_label_filter_pages_without_gap_or_repeat(store: ServiceStore) -> None
     assert seen == [run.run_id for run in reversed(made) if run.labels["n"] == "x"]
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        RunFilter(),
+        RunFilter(engines=frozenset({"a", "b"})),
+        RunFilter(engine="a"),
+        RunFilter(labels={"n": "x"}),
+        RunFilter(statuses=frozenset({RunStatus.WAITING_USER})),
+    ],
+)
+def test_a_list_that_begins_with_the_oldest_run_is_the_other_one_reversed(
+    store: ServiceStore, wanted: RunFilter
+) -> None:
+    for number in range(6):
+        store.waiting(engine="ab"[number % 2], labels={"n": "xxy"[number % 3]})
+    store.create(engine="c")
+    seen, after = list[str](), None
+    while True:
+        page = run_pages.page(store.db, wanted, after=after, limit=2, oldest_first=True)
+        seen += ids(list(page.rows))
+        after = page.after
+        if after is None:
+            break
+
+    newest_first = run_pages.page(store.db, wanted, after=None, limit=100)
+    assert len(seen) >= 3
+    assert seen == ids(list(newest_first.rows))[::-1]
+
+
 def test_lists_of_some_engines_have_full_pages_of_their_runs_only(store: ServiceStore) -> None:
     made = [store.waiting(engine="a" if number % 2 else "b") for number in range(6)]
     store.recover()

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from runrecovery.v1 import run_pb2 as runrecovery_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n runrecovery/v1/run_service.proto\x12\x0erunrecovery.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18runrecovery/v1/run.proto\"\xa7\x03\n\x10\x43reateRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12<\n\x06labels\x18\x03 \x03(\x0b\x32,.runrecovery.v1.CreateRunRequest.LabelsEntry\x12&\n\x05input\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x35\n\x0erestart_policy\x18\x05 \x01(\x0e\x32\x1d.runrecovery.v1.RestartPolicy\x12?\n\x13interactive_profile\x18\x06 \x01(\x0b\x32\".runrecovery.v1.InteractiveProfile\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x17\n\nmax_tokens\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x0cmax_cost_usd\x18\t \x01(\x01H\x01\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0f\n\r_max_cost_usd\"5\n\x11\x43reateRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"2\n\x0eGetRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"\x95\x02\n\tRunFilter\x12+\n\x08statuses\x18\x01 \x03(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x35\n\x06labels\x18\x03 \x03(\x0b\x32%.runrecovery.v1.RunFilter.LabelsEntry\x12\x31\n\rcreated_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8a\x01\n\x0fListRunsRequest\x12)\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x19.runrecovery.v1.RunFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12%\n\x04view\x18\x04 \x01(\x0e\x32\x17.runrecovery.v1.RunView\"N\n\x10ListRunsResponse\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.runrecovery.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x88\x01\n\x12SubmitReplyRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0einteraction_id\x18\x02 \x01(\x05\x12(\n\x08response\x18\x03 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"7\n\x13SubmitReplyResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"D\n\x10\x43\x61ncelRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"5\n\x11\x43\x61ncelRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"P\n\x17ListInteractionsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"f\n\x18ListInteractionsResponse\x12\x31\n\x0cinteractions\x18\x01 \x03(\x0b\x32\x1b.runrecovery.v1.Interaction\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x01\n\x13StreamOutputRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12.\n\x07\x63hannel\x18\x03 \x01(\x0e\x32\x1d.runrecovery.v1.OutputChannel\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\"X\n\x14StreamOutputResponse\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x11\n\ttruncated\x18\x04 \x01(\x08\"Q\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1b\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_after_sequence\"\xb5\x01\n\x10WatchRunResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\'\n\x08snapshot\x18\x02 \x01(\x0b\x32\x13.runrecovery.v1.RunH\x00\x12)\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x18.runrecovery.v1.RunEventH\x00\x12\x31\n\x08\x62ookmark\x18\x04 \x01(\x0b\x32\x1d.runrecovery.v1.WatchBookmarkH\x00\x42\x08\n\x06update\"\x81\x01\n\x10ReopenRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0ckeep_session\x18\x02 \x01(\x08H\x00\x12\x18\n\x0esession_handle\x18\x03 \x01(\tH\x00\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\t\n\x07session\"5\n\x11ReopenRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run*e\n\rOutputChannel\x12\x1e\n\x1aOUTPUT_CHANNEL_UNSPECIFIED\x10\x00\x12\x19\n\x15OUTPUT_CHANNEL_STDOUT\x10\x01\x12\x19\n\x15OUTPUT_CHANNEL_STDERR\x10\x02\x32\xaf\x06\n\nRunService\x12P\n\tCreateRun\x12 .runrecovery.v1.CreateRunRequest\x1a!.runrecovery.v1.CreateRunResponse\x12L\n\x06GetRun\x12\x1d.runrecovery.v1.GetRunRequest\x1a\x1e.runrecovery.v1.GetRunResponse\"\x03\x90\x02\x01\x12R\n\x08ListRuns\x12\x1f.runrecovery.v1.ListRunsRequest\x1a .runrecovery.v1.ListRunsResponse\"\x03\x90\x02\x01\x12T\n\x08WatchRun\x12\x1f.runrecovery.v1.WatchRunRequest\x1a .runrecovery.v1.WatchRunResponse\"\x03\x90\x02\x01\x30\x01\x12[\n\x0bSubmitReply\x12\".runrecovery.v1.SubmitReplyRequest\x1a#.runrecovery.v1.SubmitReplyResponse\"\x03\x90\x02\x02\x12U\n\tCancelRun\x12 .runrecovery.v1.CancelRunRequest\x1a!.runrecovery.v1.CancelRunResponse\"\x03\x90\x02\x02\x12U\n\tReopenRun\x12 .runrecovery.v1.ReopenRunRequest\x1a!.runrecovery.v1.ReopenRunResponse\"\x03\x90\x02\x02\x12j\n\x10ListInteractions\x12\'.runrecovery.v1.ListInteractionsRequest\x1a(.runrecovery.v1.ListInteractionsResponse\"\x03\x90\x02\x01\x12`\n\x0cStreamOutput\x12#.runrecovery.v1.StreamOutputRequest\x1a$.runrecovery.v1.StreamOutputResponse\"\x03\x90\x02\x01\x30\x01\x42\x41\n\x0erunrecovery.v1P\x01Z\x1crunrecovery/v1;runrecoveryv1\xaa\x02\x0eRunRecovery.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n runrecovery/v1/run_service.proto\x12\x0erunrecovery.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18runrecovery/v1/run.proto\"\xa7\x03\n\x10\x43reateRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12<\n\x06labels\x18\x03 \x03(\x0b\x32,.runrecovery.v1.CreateRunRequest.LabelsEntry\x12&\n\x05input\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x35\n\x0erestart_policy\x18\x05 \x01(\x0e\x32\x1d.runrecovery.v1.RestartPolicy\x12?\n\x13interactive_profile\x18\x06 \x01(\x0b\x32\".runrecovery.v1.InteractiveProfile\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x17\n\nmax_tokens\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x0cmax_cost_usd\x18\t \x01(\x01H\x01\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0f\n\r_max_cost_usd\"5\n\x11\x43reateRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"2\n\x0eGetRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"\x95\x02\n\tRunFilter\x12+\n\x08statuses\x18\x01 \x03(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x35\n\x06labels\x18\x03 \x03(\x0b\x32%.runrecovery.v1.RunFilter.LabelsEntry\x12\x31\n\rcreated_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa0\x01\n\x0fListRunsRequest\x12)\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x19.runrecovery.v1.RunFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12%\n\x04view\x18\x04 \x01(\x0e\x32\x17.runrecovery.v1.RunView\x12\x14\n\x0coldest_first\x18\x05 \x01(\x08\"N\n\x10ListRunsResponse\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.runrecovery.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x88\x01\n\x12SubmitReplyRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0einteraction_id\x18\x02 \x01(\x05\x12(\n\x08response\x18\x03 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"7\n\x13SubmitReplyResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"D\n\x10\x43\x61ncelRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"5\n\x11\x43\x61ncelRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"P\n\x17ListInteractionsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"f\n\x18ListInteractionsResponse\x12\x31\n\x0cinteractions\x18\x01 \x03(\x0b\x32\x1b.runrecovery.v1.Interaction\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x01\n\x13StreamOutputRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12.\n\x07\x63hannel\x18\x03 \x01(\x0e\x32\x1d.runrecovery.v1.OutputChannel\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\"X\n\x14StreamOutputResponse\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x11\n\ttruncated\x18\x04 \x01(\x08\"Q\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1b\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_after_sequence\"\xb5\x01\n\x10WatchRunResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\'\n\x08snapshot\x18\x02 \x01(\x0b\x32\x13.runrecovery.v1.RunH\x00\x12)\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x18.runrecovery.v1.RunEventH\x00\x12\x31\n\x08\x62ookmark\x18\x04 \x01(\x0b\x32\x1d.runrecovery.v1.WatchBookmarkH\x00\x42\x08\n\x06update\"\x81\x01\n\x10ReopenRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0ckeep_session\x18\x02 \x01(\x08H\x00\x12\x18\n\x0esession_handle\x18\x03 \x01(\tH\x00\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\t\n\x07session\"5\n\x11ReopenRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run*e\n\rOutputChannel\x12\x1e\n\x1aOUTPUT_CHANNEL_UNSPECIFIED\x10\x00\x12\x19\n\x15OUTPUT_CHANNEL_STDOUT\x10\x01\x12\x19\n\x15OUTPUT_CHANNEL_STDERR\x10\x02\x32\xaf\x06\n\nRunService\x12P\n\tCreateRun\x12 .runrecovery.v1.CreateRunRequest\x1a!.runrecovery.v1.CreateRunResponse\x12L\n\x06GetRun\x12\x1d.runrecovery.v1.GetRunRequest\x1a\x1e.runrecovery.v1.GetRunResponse\"\x03\x90\x02\x01\x12R\n\x08ListRuns\x12\x1f.runrecovery.v1.ListRunsRequest\x1a .runrecovery.v1.ListRunsResponse\"\x03\x90\x02\x01\x12T\n\x08WatchRun\x12\x1f.runrecovery.v1.WatchRunRequest\x1a .runrecovery.v1.WatchRunResponse\"\x03\x90\x02\x01\x30\x01\x12[\n\x0bSubmitReply\x12\".runrecovery.v1.SubmitReplyRequest\x1a#.runrecovery.v1.SubmitReplyResponse\"\x03\x90\x02\x02\x12U\n\tCancelRun\x12 .runrecovery.v1.CancelRunRequest\x1a!.runrecovery.v1.CancelRunResponse\"\x03\x90\x02\x02\x12U\n\tReopenRun\x12 .runrecovery.v1.ReopenRunRequest\x1a!.runrecovery.v1.ReopenRunResponse\"\x03\x90\x02\x02\x12j\n\x10ListInteractions\x12\'.runrecovery.v1.ListInteractionsRequest\x1a(.runrecovery.v1.ListInteractionsResponse\"\x03\x90\x02\x01\x12`\n\x0cStreamOutput\x12#.runrecovery.v1.StreamOutputRequest\x1a$.runrecovery.v1.StreamOutputResponse\"\x03\x90\x02\x01\x30\x01\x42\x41\n\x0erunrecovery.v1P\x01Z\x1crunrecovery/v1;runrecoveryv1\xaa\x02\x0eRunRecovery.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,8 +55,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNSERVICE'].methods_by_name['ListInteractions']._serialized_options = b'\220\002\001'
   _globals['_RUNSERVICE'].methods_by_name['StreamOutput']._loaded_options = None
   _globals['_RUNSERVICE'].methods_by_name['StreamOutput']._serialized_options = b'\220\002\001'
-  _globals['_OUTPUTCHANNEL']._serialized_start=2396
-  _globals['_OUTPUTCHANNEL']._serialized_end=2497
+  _globals['_OUTPUTCHANNEL']._serialized_start=2418
+  _globals['_OUTPUTCHANNEL']._serialized_end=2519
   _globals['_CREATERUNREQUEST']._serialized_start=142
   _globals['_CREATERUNREQUEST']._serialized_end=565
   _globals['_CREATERUNREQUEST_LABELSENTRY']._serialized_start=488
@@ -72,33 +72,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNFILTER_LABELSENTRY']._serialized_start=488
   _globals['_RUNFILTER_LABELSENTRY']._serialized_end=533
   _globals['_LISTRUNSREQUEST']._serialized_start=988
-  _globals['_LISTRUNSREQUEST']._serialized_end=1126
-  _globals['_LISTRUNSRESPONSE']._serialized_start=1128
-  _globals['_LISTRUNSRESPONSE']._serialized_end=1206
-  _globals['_SUBMITREPLYREQUEST']._serialized_start=1209
-  _globals['_SUBMITREPLYREQUEST']._serialized_end=1345
-  _globals['_SUBMITREPLYRESPONSE']._serialized_start=1347
-  _globals['_SUBMITREPLYRESPONSE']._serialized_end=1402
-  _globals['_CANCELRUNREQUEST']._serialized_start=1404
-  _globals['_CANCELRUNREQUEST']._serialized_end=1472
-  _globals['_CANCELRUNRESPONSE']._serialized_start=1474
-  _globals['_CANCELRUNRESPONSE']._serialized_end=1527
-  _globals['_LISTINTERACTIONSREQUEST']._serialized_start=1529
-  _globals['_LISTINTERACTIONSREQUEST']._serialized_end=1609
-  _globals['_LISTINTERACTIONSRESPONSE']._serialized_start=1611
-  _globals['_LISTINTERACTIONSRESPONSE']._serialized_end=1713
-  _globals['_STREAMOUTPUTREQUEST']._serialized_start=1716
-  _globals['_STREAMOUTPUTREQUEST']._serialized_end=1850
-  _globals['_STREAMOUTPUTRESPONSE']._serialized_start=1852
-  _globals['_STREAMOUTPUTRESPONSE']._serialized_end=1940
-  _globals['_WATCHRUNREQUEST']._serialized_start=1942
-  _globals['_WATCHRUNREQUEST']._serialized_end=2023
-  _globals['_WATCHRUNRESPONSE']._serialized_start=2026
-  _globals['_WATCHRUNRESPONSE']._serialized_end=2207
-  _globals['_REOPENRUNREQUEST']._serialized_start=2210
-  _globals['_REOPENRUNREQUEST']._serialized_end=2339
-  _globals['_REOPENRUNRESPONSE']._serialized_start=2341
-  _globals['_REOPENRUNRESPONSE']._serialized_end=2394
-  _globals['_RUNSERVICE']._serialized_start=2500
-  _globals['_RUNSERVICE']._serialized_end=3315
+  _globals['_LISTRUNSREQUEST']._serialized_end=1148
+  _globals['_LISTRUNSRESPONSE']._serialized_start=1150
+  _globals['_LISTRUNSRESPONSE']._serialized_end=1228
+  _globals['_SUBMITREPLYREQUEST']._serialized_start=1231
+  _globals['_SUBMITREPLYREQUEST']._serialized_end=1367
+  _globals['_SUBMITREPLYRESPONSE']._serialized_start=1369
+  _globals['_SUBMITREPLYRESPONSE']._serialized_end=1424
+  _globals['_CANCELRUNREQUEST']._serialized_start=1426
+  _globals['_CANCELRUNREQUEST']._serialized_end=1494
+  _globals['_CANCELRUNRESPONSE']._serialized_start=1496
+  _globals['_CANCELRUNRESPONSE']._serialized_end=1549
+  _globals['_LISTINTERACTIONSREQUEST']._serialized_start=1551
+  _globals['_LISTINTERACTIONSREQUEST']._serialized_end=1631
+  _globals['_LISTINTERACTIONSRESPONSE']._serialized_start=1633
+  _globals['_LISTINTERACTIONSRESPONSE']._serialized_end=1735
+  _globals['_STREAMOUTPUTREQUEST']._serialized_start=1738
+  _globals['_STREAMOUTPUTREQUEST']._serialized_end=1872
+  _globals['_STREAMOUTPUTRESPONSE']._serialized_start=1874
+  _globals['_STREAMOUTPUTRESPONSE']._serialized_end=1962
+  _globals['_WATCHRUNREQUEST']._serialized_start=1964
+  _globals['_WATCHRUNREQUEST']._serialized_end=2045
+  _globals['_WATCHRUNRESPONSE']._serialized_start=2048
+  _globals['_WATCHRUNRESPONSE']._serialized_end=2229
+  _globals['_REOPENRUNREQUEST']._serialized_start=2232
+  _globals['_REOPENRUNREQUEST']._serialized_end=2361
+  _globals['_REOPENRUNRESPONSE']._serialized_start=2363
+  _globals['_REOPENRUNRESPONSE']._serialized_end=2416
+  _globals['_RUNSERVICE']._serialized_start=2522
+  _globals['_RUNSERVICE']._serialized_end=3337
 # @@protoc_insertion_point(module_scope)

@@ -298,12 +298,15 @@ class ListRunsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
+    OLDEST_FIRST_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """OPTIONAL. Rows per page: 0 means 50, more than 1000 means 1000, negative is refused."""
     page_token: _builtins.str
-    """OPTIONAL. next_page_token of the previous page, with the same filter and view."""
+    """OPTIONAL. next_page_token of the previous page, with the same filter, view and order."""
     view: _run_pb2.RunView.ValueType
     """OPTIONAL. How much of each run."""
+    oldest_first: _builtins.bool
+    """OPTIONAL. True: the runs that were created first come first."""
     @_builtins.property
     def filter(self) -> Global___RunFilter:
         """OPTIONAL. Which runs."""
@@ -315,10 +318,11 @@ class ListRunsRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         view: _run_pb2.RunView.ValueType = ...,
+        oldest_first: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "oldest_first", b"oldest_first", "page_size", b"page_size", "page_token", b"page_token", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -336,7 +340,7 @@ class ListRunsResponse(_message.Message):
     """Token of the next page; empty on the last one, and only there."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Run]:
-        """The runs, newest created_at first. A page of large runs may hold fewer than page_size, so
+        """The runs, newest created_at first, or oldest first if that was asked for. A page of large runs may hold fewer than page_size, so
         that it fits the 4 MiB that clients accept by default. A single run that is larger is
         returned alone and exceeds that limit.
         """

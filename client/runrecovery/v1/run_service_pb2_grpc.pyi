@@ -40,7 +40,7 @@ class RunServiceStub:
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
     """Returns one run with its recovery fields."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]
-    """Pages through runs, newest created first."""
+    """Pages through runs, newest created first unless oldest_first is set."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]
     """Streams the events of one run: first a snapshot of the run, then every event with its
     sequence, which counts the run's events without a gap. A caller whose stream broke
@@ -80,7 +80,7 @@ class RunServiceAsyncStub(RunServiceStub):
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]  # type: ignore[assignment]
     """Returns one run with its recovery fields."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]  # type: ignore[assignment]
-    """Pages through runs, newest created first."""
+    """Pages through runs, newest created first unless oldest_first is set."""
     WatchRun: _aio.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Streams the events of one run: first a snapshot of the run, then every event with its
     sequence, which counts the run's events without a gap. A caller whose stream broke
@@ -135,7 +135,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.ListRunsResponse, _abc.Awaitable[_run_service_pb2.ListRunsResponse]]:
-        """Pages through runs, newest created first."""
+        """Pages through runs, newest created first unless oldest_first is set."""
 
     @_abc_1.abstractmethod
     def WatchRun(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, suppress
 from typing import Final
 
+from runrecovery.v1.recovery_service_pb2 import GetRecoveryStatusResponse, Instance
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
@@ -29,7 +30,7 @@ from runrecovery_service.console.output import CHANNELS, follow_output
 from runrecovery_service.console.pages import Site, output_offset
 from runrecovery_service.console.run_list import RunFilter, is_run_id
 from runrecovery_service.console.visitors import Visitor
-from runrecovery_service.console.waiting import list_waiting, version_of
+from runrecovery_service.console.waiting import version_of, waiting_request
 from runrecovery_service.http.calls import CallFailed
 from runrecovery_service.rpc.gate import Gate
 
@@ -38,14 +39,8 @@ BEAT_S: Final = 10.0
 MAX_STREAMS: Final = 1000
 
 
-async def waiting_version(contract: Contract) -> str:
-    """Return the version of the page of questions."""
-    return version_of((await list_waiting(contract)).runs)
-
-
-async def service_version(contract: Contract) -> str:
+def service_version(status: GetRecoveryStatusResponse) -> str:
     """Return the version of pages about the service: its state, and how far a recovery is."""
-    status = await contract.status()
     report = status.reconciliation
     return (
         f"{status.instance}-{status.epoch}-{status.state}-{report.reconciliation_id}"
@@ -53,13 +48,15 @@ async def service_version(contract: Contract) -> str:
     )
 
 
-async def instances_version(contract: Contract) -> str:
+def instances_version(instances: Iterable[Instance]) -> str:
     """Return the version of the page of instances. A renewed lease alone is no news."""
-    instances = await contract.instances()
+    digest = hashlib.sha256()
     for instance in instances:
-        instance.ClearField("lease_until")
-    data = b"".join(instance.SerializeToString(deterministic=True) for instance in instances)
-    return hashlib.sha256(data).hexdigest()[:16]
+        told = Instance()
+        told.CopyFrom(instance)
+        told.ClearField("lease_until")
+        digest.update(told.SerializeToString(deterministic=True))
+    return digest.hexdigest()[:16]
 
 
 class Live:
@@ -73,15 +70,28 @@ class Live:
 
     async def waiting(self, request: Request) -> Response:
         """Follow the questions that wait."""
-        return await self._follow(request, "waiting", polled(waiting_version))
+        token = request.query_params.get("page", "")
+
+        async def look(contract: Contract) -> str:
+            return version_of((await contract.list_runs(waiting_request(token))).runs)
+
+        return await self._follow(request, f"waiting {token}", polled(look))
 
     async def service(self, request: Request) -> Response:
         """Follow the state of the service."""
-        return await self._follow(request, "service", polled(service_version))
+
+        async def look(contract: Contract) -> str:
+            return service_version(await contract.status())
+
+        return await self._follow(request, "service", polled(look))
 
     async def instances(self, request: Request) -> Response:
         """Follow the instances."""
-        return await self._follow(request, "instances", polled(instances_version))
+
+        async def look(contract: Contract) -> str:
+            return instances_version(await contract.instances())
+
+        return await self._follow(request, "instances", polled(look))
 
     async def runs(self, request: Request) -> Response:
         """Follow a page of the list of runs."""

@@ -21,7 +21,11 @@ from runrecovery_service.console.run_list import RunFilter, is_run_id, row_of
 from runrecovery_service.console.run_view import answered_questions, decision_views, run_view
 from runrecovery_service.console.timeline import timeline_of
 from runrecovery_service.console.visitors import Visitor, Visitors
-from runrecovery_service.console.waiting import version_of, waiting_questions
+from runrecovery_service.console.waiting import (
+    version_of,
+    waiting_questions,
+    waiting_request,
+)
 from runrecovery_service.console.words import STATUS_BY_NAME
 from runrecovery_service.http.calls import CallFailed, ContractCalls
 
@@ -134,16 +138,20 @@ class RunPages:
 
     async def waiting(self, request: Request, visitor: Visitor, contract: Contract) -> Response:
         """Show the questions that wait for a person."""
-        waiting = await waiting_questions(contract)
+        token = request.query_params.get("page", "")
+        answer = await contract.list_runs(waiting_request(token))
+        following = answer.next_page_token
         return self._site.renderer.page(
             "waiting",
             visitor,
-            waiting=waiting,
+            questions=waiting_questions(answer.runs),
+            next=f"/?{urlencode({'page': following})}" if following else "",
+            is_first=not token,
             problem="",
             notice=_notice(request),
             limit=SHORT_CHARS,
-            live="/live/waiting",
-            version=waiting.version,
+            live=f"/live/waiting?{urlencode({'page': token})}",
+            version=version_of(answer.runs),
         )
 
     async def runs(self, request: Request, visitor: Visitor, contract: Contract) -> Response:

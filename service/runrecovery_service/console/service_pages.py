@@ -31,20 +31,19 @@ class ServicePages:
 
     async def restarts(self, request: Request, visitor: Visitor, contract: Contract) -> Response:
         """Show the reports, and the recovery that is under way."""
-        version = await service_version(contract)
-        service = service_view(await contract.status())
+        status = await contract.status()
         token = request.query_params.get("page", "")
         answer = await contract.list_reports(token)
         following = answer.next_page_token
         return self._site.renderer.page(
             "restarts",
             visitor,
-            service=service,
+            service=service_view(status),
             rows=[report_row(report) for report in answer.reconciliations],
             next=f"/restarts?{urlencode({'page': following})}" if following else "",
             is_first=not token,
             live="/live/service",
-            version=version,
+            version=service_version(status),
         )
 
     async def report(self, request: Request, visitor: Visitor, contract: Contract) -> Response:
@@ -55,7 +54,7 @@ class ServicePages:
         report = report_view(await contract.get_report(report_id))
         # Runs can be listed only once the recovery is over.
         runs = await contract.recovered_runs(report_id) if report.finished_at else []
-        version = await service_version(contract)
+        version = service_version(await contract.status())
         return self._site.renderer.page(
             "report",
             visitor,
@@ -78,17 +77,17 @@ class ServicePages:
             now=moment_of(datetime.now(UTC)),
             next=f"/plan?{urlencode({'page': following})}" if following else "",
             live="/live/service",
-            version=await service_version(contract),
+            version=service_version(await contract.status()),
         )
 
     async def instances(self, request: Request, visitor: Visitor, contract: Contract) -> Response:
         """Show the instances."""
-        version = await instances_version(contract)
+        instances = await contract.instances()
         now = datetime.now(UTC)
         return self._site.renderer.page(
             "instances",
             visitor,
-            instances=[instance_view(each, now) for each in await contract.instances()],
+            instances=[instance_view(each, now) for each in instances],
             live="/live/instances",
-            version=version,
+            version=instances_version(instances),
         )

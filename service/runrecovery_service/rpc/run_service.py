@@ -113,7 +113,7 @@ class RunService:
         return response
 
     async def list_runs(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
-        """Return a page of runs, newest first."""
+        """Return a page of runs in the order of their creation."""
         validation.require_valid(validation.list_runs(request))
         scope = paging.token_scope(request, width=1)
         page = await self._storage.read(
@@ -122,6 +122,7 @@ class RunService:
             after=self._deps.page_tokens.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
             view=enums.VIEW_FROM_PROTO[request.view],
+            oldest_first=request.oldest_first,
         )
         response = pb.ListRunsResponse(
             next_page_token=self._deps.page_tokens.encode(scope, page.after)

@@ -1,4 +1,4 @@
-"""Pages of runs, newest first."""
+"""Pages of runs in the order of their creation."""
 
 from __future__ import annotations
 
@@ -28,23 +28,26 @@ def page(
     after: tuple[int, ...] | None,
     limit: int,
     view: View = View.FULL,
+    oldest_first: bool = False,
 ) -> Page[Run]:
-    """Return a page of runs, newest first."""
+    """Return a page of runs, newest first, or oldest first."""
     engines = wanted.engines_listed
     if engines == ():
         return Page(rows=(), after=None)
     query, key = filter_by_labels(db, runs.select(view), wanted.labels, by_run=True)
     if engines is not None and _reads_index(wanted, len(engines)):
-        conditions = [_R.id.in_(_newest(wanted, engines, after, limit))]
+        conditions = [
+            _R.id.in_(_first_of_each(wanted, engines, after, limit, oldest_first=oldest_first))
+        ]
     else:
         conditions = _conditions(_R, wanted)
         if engines is not None:
             conditions.append(_R.engine.in_(engines))
     if after is not None:
-        conditions.append(key < after[0])
+        conditions.append(_is_after(key, after, oldest_first=oldest_first))
     if conditions:
         query = query.where(*conditions)
-    query = query.order_by(key.desc())
+    query = query.order_by(key.asc() if oldest_first else key.desc())
     return runs.page_of(db, [query], limit, lambda row: (row[0],))
 
 
@@ -60,27 +63,37 @@ def _reads_index(wanted: RunFilter, engines: int) -> bool:
     return engines == 1 or not wanted.statuses
 
 
-def _newest(
-    wanted: RunFilter, engines: Sequence[str], after: tuple[int, ...] | None, limit: int
-) -> pw.SelectQuery:
-    """Return a query for the keys of a page and of one more run, and perhaps of older ones.
+def _is_after(key: Any, after: tuple[int, ...], *, oldest_first: bool) -> Any:
+    """Return the condition that a run follows the last one of the previous page."""
+    return key > after[0] if oldest_first else key < after[0]
 
-    It reads the newest runs of each engine from an index. Otherwise a page of few engines would
+
+def _first_of_each(
+    wanted: RunFilter,
+    engines: Sequence[str],
+    after: tuple[int, ...] | None,
+    limit: int,
+    *,
+    oldest_first: bool,
+) -> pw.SelectQuery:
+    """Return a query for the keys of a page and of one more run, and perhaps of later ones.
+
+    It reads the first runs of each engine from an index. Otherwise a page of few engines would
     walk the runs of all others.
     """
     run = tables.Run.alias()
     # The condition of the index, which no other statement repeats: the index is not meant for them.
     conditions = [pw.SQL("run_id <> ''"), *_conditions(run, wanted)]
     if after is not None:
-        conditions.append(run.id < after[0])
+        conditions.append(_is_after(run.id, after, oldest_first=oldest_first))
     parts = [
         run.select(run.id)
         .where(run.engine == engine, *conditions)
-        .order_by(run.id.desc())
+        .order_by(run.id.asc() if oldest_first else run.id.desc())
         .limit(limit + 1)
         for engine in engines
     ]
-    keys = [pw.Select((part.alias("newest"),), (pw.SQL("newest.id"),)) for part in parts]
+    keys = [pw.Select((part.alias("first"),), (pw.SQL("first.id"),)) for part in parts]
     return reduce(operator.add, keys)
 
 
