@@ -72,7 +72,7 @@ $(NODE_CLIENT_READY): tests/packaging/npm/package-lock.json
 	@mkdir -p $(NODE_CLIENT)
 	@cp tests/packaging/npm/package.json tests/packaging/npm/package-lock.json $(NODE_CLIENT)
 	@if command -v npm > /dev/null; then \
-		echo "Installing the Node packages of docs/clients.md into $(NODE_CLIENT) (once; 80 MB)…"; \
+		echo "Installing the Node packages of docs/clients.md and docs/http.md into $(NODE_CLIENT) (once; 80 MB)…"; \
 		cd $(NODE_CLIENT) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && touch .ready; fi
 
 demo: $(READY) ## Kill a service under nine runs and explain each decision (under a minute)
@@ -123,7 +123,7 @@ types: $(READY) ## mypy, strict
 imports: $(READY) ## The import rules of the house
 	@$(BIN)/lint-imports --no-cache
 
-packaging: $(READY) $(NODE_CLIENT_READY) ## Try the wheels, the client's alone at its oldest and newest dependencies, and docs/clients.md
+packaging: $(READY) $(NODE_CLIENT_READY) ## Try the wheels, the client's alone at its oldest and newest dependencies, and docs/clients.md and docs/http.md
 	@$(BIN)/python -m pytest tests/packaging
 
 manifests: $(READY) $(DEPLOY_READY) ## Check the files of deploy/: schemas of Kubernetes, stops and names of replicas, systemd

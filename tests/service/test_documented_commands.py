@@ -146,7 +146,7 @@ def lines_not_printed(page: str, printed: dict[str, str]) -> list[str]:
 
 def test_quick_start_of_the_readme_works(terminals: Terminals) -> None:
     for block in code_blocks("README.md"):
-        if re.match(r"make |buf curl|runrecovery runs create codex", block) is None:
+        if re.match(r"make |buf curl|curl |runrecovery runs create codex", block) is None:
             terminals.type(block)
     (example,) = code_blocks("README.md", language="python")
 

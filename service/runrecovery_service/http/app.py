@@ -25,7 +25,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import NAMES
 
 CONTRACT: Final = "/runrecovery.v1."
-NO_METHOD: Final = b'{"code": "unimplemented", "message": "the contract has no such method"}'
+NO_METHOD: Final = b'{"code": "unimplemented", "message": "the contract has no such method"}\n'
 TEXT: Final = b"text/plain; charset=utf-8"
 CERTIFICATE: Final = "certificate"
 """Key in the state of a connection: the names in the certificate of its client."""

@@ -95,7 +95,7 @@ def _parse_json(data: bytes, kind: type[Message]) -> Message:
 
 
 def _format_json(message: Message) -> bytes:
-    return json_format.MessageToJson(message, indent=None).encode()
+    return json_format.MessageToJson(message, indent=None).encode() + b"\n"  # for terminals
 
 
 def _parse_proto(data: bytes, kind: type[Message]) -> Message:
@@ -130,7 +130,7 @@ def _detail_json(detail: Detail) -> dict[str, Any]:
 
 def error_body(error: CallFailed) -> bytes:
     """Return a failure as the body of a response."""
-    return json.dumps(error_json(error)).encode()
+    return json.dumps(error_json(error)).encode() + b"\n"
 
 
 def retry_after_s(error: CallFailed) -> int | None:
