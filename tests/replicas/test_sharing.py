@@ -10,9 +10,10 @@ from typing import Any, Final
 import pytest
 from replicas.dead_instance import Pair, set_lease
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable
+from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import Profile, Run
 from runrecovery_service.recovery.hand_over import HandOver
-from runrecovery_service.storage import instances, sharing
+from runrecovery_service.storage import instances, reports, sharing
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.sharing import Peer, Spread, Taker, spread
 from storage.service_store import Crash, ServiceStore, boot
@@ -327,6 +328,27 @@ def test_a_stop_hands_nothing_over_to_a_peer_that_stops_too(idle: Pair) -> None:
     stopping(idle)
 
     assert owner_of(idle, run) == ("a", idle.dead.owner.epoch)
+
+
+def test_a_stop_hands_nothing_over_to_a_peer_in_safe_mode(idle: Pair) -> None:
+    run = idle.dead.create()
+    reports.open_report(
+        idle.db,
+        idle.owner,
+        reconciliation_id="of b",
+        cause=Cause.STARTUP,
+        safe_mode=True,
+        now=idle.dead.tick(),
+    )
+
+    stopping(idle)
+    assert owner_of(idle, run) == ("a", idle.dead.owner.epoch)
+
+    set_lease(idle.dead.db, "b", -1)
+    again = instances.claim(idle.dead.db, boot("b"), now=idle.dead.tick())  # a normal start
+    idle.dead.db.execute("UPDATE instance SET engines = '[\"demo\"]' WHERE name = 'b'")
+    stopping(idle)
+    assert owner_of(idle, run) == ("b", again.epoch)
 
 
 def test_waiting_runs_are_handed_over_only_where_workspaces_are_shared(idle: Pair) -> None:

@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import (
     InteractionState,
     Profile,
@@ -208,13 +209,16 @@ def spread(runs: Iterable[tuple[int, str]], peers: Collection[Peer]) -> Spread:
 
 
 def living_peers(db: Database, owner: Owner) -> list[Peer]:
-    """Return the peers that hold a lease and are not stopping."""
+    """Return the peers that hold a lease, are not stopping, and are not in safe mode."""
     rows = db.fetch_all(
         "SELECT i.name, i.epoch, i.engines, i.max_running, (SELECT count(*) FROM run r"
         f" WHERE r.owner = i.name AND r.status IN ('{RunStatus.QUEUED}', '{RunStatus.RUNNING}')"
         f" AND {live('r.')})"  # for the partial index: ended runs are not read
         f" FROM instance i WHERE i.name <> ? AND i.lease_until > {db.dialect.now_us}"
-        " AND i.stopped_at IS NULL AND i.taken_over_by IS NULL ORDER BY i.name",
+        " AND i.stopped_at IS NULL AND i.taken_over_by IS NULL"
+        " AND NOT EXISTS (SELECT 1 FROM reconciliation c WHERE c.instance = i.name"
+        f" AND c.epoch = i.epoch AND c.cause = '{Cause.STARTUP}' AND c.safe_mode = 1)"
+        " ORDER BY i.name",
         (owner.instance,),
     )
     return [
