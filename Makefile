@@ -28,7 +28,7 @@ MUTANT_CASES ?= 3000
 ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-replicas test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
+.PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
 	campaign-processes campaign-replicas fuzz interpreters test-agents
 
 help: ## Show these targets
@@ -77,9 +77,16 @@ $(NODE_CLIENT_READY): tests/packaging/npm/package-lock.json
 
 demo: $(READY) ## Kill a service under nine runs and explain each decision (under a minute)
 	@$(BIN)/runrecovery demo
+	@echo "Next, in a browser: make console"
 
 demo-replicas: $(READY) ## Kill, freeze and stop three replicas on one PostgreSQL (under a minute)
 	@$(BIN)/python -m demo.replicas
+
+console: $(READY) ## Play with the console: answer, kill -9, look (Ctrl-C ends it)
+	@$(BIN)/python -m demo.console
+
+screenshots: $(READY) ## Take the pictures of docs/images, with the machine's Chromium
+	@$(BIN)/python -m demo.screenshots
 
 test: $(READY) ## Run the tests
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal --ignore=tests/packaging --ignore=tests/cli_agents $(ARGS)

@@ -1,5 +1,6 @@
-"""`make demo-replicas`: three replicas on one PostgreSQL, of which one dies and one freezes.
+"""Demos from the repository: `make console`, `make screenshots`, `make demo-replicas`.
 
-The third one makes a planned stop. This package is separate from the service's, because it needs a
-PostgreSQL server from the development requirements.
+They are separate from the service's package, because they need development requirements: playwright
+for the pictures, and a PostgreSQL server for the replicas. Of the three replicas on one PostgreSQL
+one dies, one freezes, and the third makes a planned stop.
 """

@@ -91,9 +91,10 @@ def test_the_parts_of_a_bar_fill_it_and_can_all_be_seen() -> None:
     assert [part.text for part in parts] == ["long", "short"]
     assert parts[1].width == MIN_UNITS
     assert parts[1].start == parts[0].width
-    assert parts[0].width + parts[1].width <= BAR_UNITS
+    assert parts[0].width + parts[1].width == BAR_UNITS
 
 
 def test_a_bar_of_very_many_parts_stays_within_its_width() -> None:
     assert sum(shares([1.0] * 500)) <= BAR_UNITS
     assert shares([0.0, 0.0]) == [0, 0]
+    assert sum(shares([1.0, 1.0, 1.0])) == BAR_UNITS

@@ -32,7 +32,10 @@ def shares(amounts: Sequence[float]) -> list[int]:
     if some * MIN_UNITS > BAR_UNITS:
         return [BAR_UNITS // some if amount > 0 else 0 for amount in amounts]
     rest = BAR_UNITS - some * MIN_UNITS
-    return [MIN_UNITS + int(rest * amount / total) if amount > 0 else 0 for amount in amounts]
+    found = [MIN_UNITS + int(rest * amount / total) if amount > 0 else 0 for amount in amounts]
+    if some:
+        found[found.index(max(found))] += BAR_UNITS - sum(found)  # what rounding has left
+    return found
 
 
 def bar(parts: Sequence[tuple[float, str, str]]) -> tuple[BarPart, ...]:
