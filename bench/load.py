@@ -1,4 +1,4 @@
-"""A load generator that costs little beside the server: gRPC calls as bytes on one connection.
+"""A load generator that needs little CPU time: gRPC calls as bytes on one connection.
 
     python bench/load.py --address 127.0.0.1:8443 --method /runrecovery.v1.RunService/GetRun \
         --payloads FILE --callers 16 --seconds 3 --pid PID
@@ -75,7 +75,7 @@ def _text(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is called, and how.
+    """The address, the method and the credentials of calls.
 
     Attributes:
         ca: the certificate that TLS trusts; None: plaintext.
@@ -199,7 +199,7 @@ def cpu_s(pid: int) -> float:
 
 
 def generate(target: Target, payloads: Path, *, callers: int, seconds: float, pid: int) -> Load:
-    """Measure in a process of its own. `pid` is the server's."""
+    """Measure in a separate process. `pid` is the pid of the server."""
     secured = [] if target.ca is None else ["--ca", str(target.ca)]
     secured += ["--token", target.token] if target.token else []
     answer = subprocess.run(

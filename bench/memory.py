@@ -1,4 +1,4 @@
-"""How the memory of the service grows with the runs that it has done, on SQLite.
+"""Measures how the memory of the service grows with the number of finished runs, on SQLite.
 
     python bench/memory.py --runs 4000 --every 500
     MALLOC_ARENA_MAX=2 python bench/memory.py --runs 4000 --every 500

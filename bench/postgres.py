@@ -191,7 +191,7 @@ def _binaries(top: Path, account: pwd.struct_passwd | None) -> Path:
 
 
 def _copied(install: Path, target: Path) -> Path:
-    """Copy the binaries, and the libraries that they look for beside the package."""
+    """Copy the binaries, and the libraries that they expect next to the package."""
     package = install.parent
     for folder in (install, package.with_name(f"{package.name}.libs")):
         if folder.exists():

@@ -1,4 +1,4 @@
-"""What a launch below a shim costs, and how long the ending of many trees takes.
+"""Measures the cost of a launch below a shim, and of ending many process trees.
 
     python bench/processes.py --rounds 5 --trees 200 --launches 10000
 
@@ -115,7 +115,7 @@ class LaunchStore:
 
 @contextmanager
 def launch_store() -> Iterator[LaunchStore]:
-    """A store of our own in a temporary directory."""
+    """A new store in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as place:
         db = open_database("", Path(place))
         try:
@@ -139,7 +139,7 @@ def dead_launch() -> LaunchMarkers:
 
 
 def dead_launches(launches: int) -> list[LaunchMarkers]:
-    """Return the markers of this many launches without a process. No process has their pids."""
+    """Return the markers of so many launches without a process. No process has their pids."""
     pattern, beyond = dead_launch(), int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
     return [
         replace(

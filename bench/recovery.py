@@ -1,4 +1,4 @@
-"""How long a restart takes to recover many runs, beside the plainest SQL that does such work.
+"""Measures how long a restart takes to recover many runs, against the simplest SQL for the task.
 
     python bench/recovery.py --runs 100000 --rounds 3 --database sqlite
 
@@ -100,7 +100,7 @@ FLOOR: Final = (_REMEMBER, _CLOSE, _APPLY)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One measurement: seconds in all and of the longest transaction, and MiB that memory grew."""
+    """One measurement: total seconds, seconds of the longest transaction, and growth in MiB."""
 
     seconds: float
     longest_s: float
@@ -108,7 +108,7 @@ class Measured:
 
 
 class TimedDatabase(Database):
-    """A database that remembers its longest transaction, in seconds."""
+    """A database that records the duration of its longest transaction, in seconds."""
 
     longest_s = 0.0
 
@@ -162,7 +162,7 @@ def _save_one(run: tables.Run, now: int) -> None:
 
 
 class Nothing:
-    """No launch to end, and no trust entry to remove."""
+    """Replaces the parts of a recovery that end launches and remove trust entries."""
 
     def end(self, launches: Sequence[LaunchRecord]) -> dict[int, Ending]:
         """See `EndsLaunches`."""

@@ -1,4 +1,4 @@
-"""What several replicas on one PostgreSQL cost and bring, in one run of some minutes.
+"""Measures takeovers and throughput of several replicas on one PostgreSQL, in some minutes.
 
     python bench/replicas.py --runs 10000,100000 --rounds 2 --seconds 3
 
@@ -67,7 +67,7 @@ CALLERS: Final = 8
 """Callers of each replica, and connections of pgbench for each."""
 INPUT_BYTES: Final = 1000
 REPLIES_PER_S: Final = 2000
-"""More than one replica takes: no run can be replied to twice."""
+"""More replies than one replica can accept per second, because no run accepts two replies."""
 CREATE: Final = "/runrecovery.v1.RunService/CreateRun"
 REPLY: Final = "/runrecovery.v1.RunService/SubmitReply"
 RAW: Final = f"INSERT INTO raw (text) VALUES (repeat('x', {INPUT_BYTES}));\n"

@@ -1,4 +1,4 @@
-"""How many calls the service answers, beside the least work that such a server must do.
+"""Measures how many calls the service answers, against the least work of any such server.
 
     python bench/rpc.py --seconds 3 --rounds 3 --rows 100000
 
@@ -50,7 +50,7 @@ from bench.servers import Server, floor, secure_config, service
 CALLERS: Final = (1, 16)
 IDS: Final = 5000
 INPUT_BYTES: Final = 100
-"""Makes a Run of about 500 bytes on the wire."""
+"""The size of a run's input, with which a Run has about 500 bytes on the wire."""
 GET: Final = "/runrecovery.v1.RunService/GetRun"
 CREATE: Final = "/runrecovery.v1.RunService/CreateRun"
 PAGE: Final = "/runrecovery.v1.RecoveryService/ListRecovered"
@@ -128,7 +128,7 @@ def compare(name: str, *, rounds: int, floor: Measure, ours: Measure) -> Compari
     return result
 
 
-# -- the store and what is asked of it ---------------------------------------------------------
+# -- the store and the requests ---------------------------------------------------------
 
 
 def seed(data_dir: Path, rows: int) -> list[str]:
@@ -155,7 +155,7 @@ def far_page(channel: grpc.Channel, rows: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all measurements share."""
+    """The settings that all measurements share."""
 
     top: Path
     seconds: float

@@ -1,4 +1,4 @@
-"""Which statements grow with ended runs, and what idle replicas ask of PostgreSQL.
+"""Shows which statements grow with ended runs, and which statements idle replicas send.
 
     python bench/scaling.py --runs 1000000 --replicas 1 --idle 20
 
@@ -89,7 +89,7 @@ def fill(server: ScratchPostgres, folder: Path, name: str, runs: int) -> str:
 
 
 def play(url: str, folder: Path, *, replicas: int, idle_s: float) -> tuple[float, float]:
-    """Serve some calls, then nothing; return between which times (Unix) nobody called."""
+    """Serve some calls, then none; return begin and end (Unix time) of the time without calls."""
     with ExitStack() as stack:
         for number in range(replicas):
             own = folder / f"r{number}"
@@ -184,7 +184,7 @@ def main() -> None:
 def show_idle(
     logged: list[tuple[float, Logged]], begun: float, ended: float, *, replicas: int
 ) -> None:
-    """Print what idle replicas asked, per second and replica."""
+    """Print the statements of idle replicas, per second and replica."""
     counts: dict[str, int] = {}
     for at, one in logged:
         if begun <= at < ended:

@@ -1,4 +1,4 @@
-"""Fills a store with live runs, as a service that was killed would leave them.
+"""Fills a store with live runs, as a killed service leaves them.
 
     python bench/seed.py --data-dir DIR --runs 100000
 
@@ -52,12 +52,12 @@ SHAPES: Final = {
     "running": Shape(status="RUNNING"),
     "queued": Shape(status="QUEUED", launched=False),
 }
-"""`waiting` is what a restart keeps; every other shape fails by it."""
+"""A restart keeps runs of the shape `waiting`, and fails runs of every other shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seeding:
-    """How many runs to make, and of which kinds. `mix` has the weight of each kind of SHAPES."""
+    """How many runs to create, and of which kinds. `mix` has the weight of each kind of SHAPES."""
 
     runs: int
     mix: Mapping[str, int]
@@ -67,12 +67,12 @@ class Seeding:
     def words(self) -> Iterator[str]:
         """The kind of each run: the mix in proportion, and well shuffled."""
         deck = [word for word, weight in self.mix.items() for _ in range(weight)]
-        # 7919 is a prime that no deck of cards divides, so that each round deals every card once.
+        # 7919 is a prime larger than the number of kinds, so that each round has every kind once.
         return (deck[number * 7919 % len(deck)] for number in range(self.runs))
 
 
 def claim(db: Database, *, instance: str, data_dir: Path) -> Owner:
-    """Take the instance's next epoch as a start of the service does, and give up its lease."""
+    """Claim the instance's next epoch as a start of the service does, and release its lease."""
     boot = InstanceStart(
         instance=instance,
         boot_token=secrets.token_hex(16),

@@ -42,7 +42,7 @@ class Server:
 
     Attributes:
         ca: the certificate that clients trust; None: plaintext.
-        token: of the one caller; empty: everyone may call.
+        token: the token of the only caller; empty: everyone may call.
     """
 
     address: str
@@ -75,7 +75,7 @@ def secure_config(folder: Path) -> str:
 
 
 def service_command(*, hidden: Sequence[str] = ()) -> list[str]:
-    """Return the command of the service. `hidden`: modules that it shall not find."""
+    """Return the command of the service. `hidden`: modules that it must not find."""
     if not hidden:
         return [sys.executable, "-m", "runrecovery_service"]
     names = "".join(f"{name!r}, " for name in hidden)
@@ -102,7 +102,7 @@ def service(
                 break
         else:
             raise ChildProcessError(f"the service ended before {until}")
-        # A log that nobody reads would stop the service once the pipe is full.
+        # If nobody read the log, the service would stop once the pipe is full.
         threading.Thread(target=_drain, args=(popen.stderr,), daemon=True).start()
         if "[tls]" in config:
             yield Server(address, popen.pid, ca=data_dir.parent / CERTIFICATE, token=TOKEN)

@@ -1,12 +1,13 @@
-"""How many sessions a restart checks in a second, beside the least work that reads such files.
+"""Measures how many sessions a restart checks per second, against the least work on such files.
 
     python bench/sessions.py --files 2000 --rounds 3
 
-Files as the CLIs write them, of 200 KiB to 1 MiB, in a home of each CLI. Three ways, in turns:
+The files are like those of the CLIs, 200 KiB to 1 MiB, in a home of each CLI. Three ways are
+measured in turns:
 
 floor      Each file, whose path is known: open, stat, read 4 KiB of its beginning and of its end.
-read       Our check without a fingerprint: find the file, judge its first and last lines.
-unchanged  Our check with a fingerprint: find the file, compare its size and time.
+read       The service's check without a fingerprint: find the file, judge its first and last lines.
+unchanged  The service's check with a fingerprint: find the file, compare its size and time.
 
 Then `read` and `unchanged` as a restart does them: it reads handles from the store, and writes
 findings into it.
@@ -155,7 +156,7 @@ def seconds_of(do: Callable[[], object]) -> float:
 def measure(sessions: Sessions, top: Path, *, rounds: int) -> dict[str, list[float]]:
     """Measure all ways in turns; return the seconds of each round."""
     fingerprinted = sessions.fingerprinted
-    floor(sessions)  # all of it is in memory from here on
+    floor(sessions)  # from here on all files are in memory
     ways: dict[str, Callable[[], float]] = {
         "floor": lambda: seconds_of(lambda: floor(sessions)),
         "read": lambda: seconds_of(lambda: check(sessions, sessions.handles)),

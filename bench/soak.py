@@ -1,4 +1,4 @@
-"""Years of runs within minutes: does what the service keeps stay flat under retention?
+"""Plays years of runs within minutes, and checks that retention keeps the store from growing.
 
     python bench/soak.py --runs 100000 --years 3
     python bench/soak.py --runs 20000 --years 0.6 --database postgresql://...
@@ -52,7 +52,7 @@ POLICY: Final = RetentionPolicy(
     reports=90 * DAY_S,
 )
 SLACK: Final = 1.2
-"""The second half may be larger than the first by so much: sizes are steps, and memory varies."""
+"""How much larger the second half may be than the first: sizes grow in steps, and memory varies."""
 
 
 COLUMNS: Final = ("made", "rows", "database_kib", "folders", "rss_kib")
@@ -60,7 +60,7 @@ COLUMNS: Final = ("made", "rows", "database_kib", "folders", "rss_kib")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What there is at one moment."""
+    """The sizes at one moment."""
 
     made: int
     rows: int

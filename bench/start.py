@@ -1,4 +1,4 @@
-"""How long the service takes from nothing to SERVING, beside what no such service can save.
+"""Measures a first start until SERVING, against the least that any such service needs.
 
     python bench/start.py --rounds 10
 

@@ -1,4 +1,4 @@
-"""What many watchers cost: memory, calls beside them, the time until all have an event.
+"""Measures the cost of many watchers: memory, other calls, and the time until all have an event.
 
     python bench/watch.py --rounds 5 --seconds 2 --watchers 1000
 
@@ -58,7 +58,7 @@ CHECK: Final = "/grpc.health.v1.Health/Check"
 RUNS: Final = 2000
 CALLERS: Final = 16
 SHARED_BY: Final = 50
-"""Connections that the watchers share, where they share some."""
+"""How many connections the watchers share, if they share connections."""
 UNREADING: Final = 50
 CHECK_EVERY_S: Final = 0.002
 SETTLE_S: Final = 0.5
@@ -69,7 +69,7 @@ MOST_HEALTH_MS: Final = 100.0
 DESCRIPTORS_OF_OTHERS: Final = 200
 
 ANSWERS: Final = ("00" * 500, "00" * 700)
-"""Of the floor, in hexadecimal: as long as a run is, and an event with a run."""
+"""Answers of the floor in hexadecimal, as long as a run, and as an event with a run."""
 
 STREAMS_ONLY: Final = """
 import asyncio, sys
@@ -174,7 +174,7 @@ class Findings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """What all measurements share."""
+    """The settings that all measurements share."""
 
     top: Path
     watchers: int

@@ -1,4 +1,4 @@
-"""Many watchers that cost little beside the server: streams as bytes, in one thread.
+"""Many watchers that need little CPU time: streams as bytes, in one thread.
 
     python bench/watchers.py --address 127.0.0.1:8443 --method /runrecovery.v1.RunService/WatchRun \
         --payloads FILE --streams 1000 --connections 50
@@ -43,7 +43,7 @@ from bench.load import (
 )
 
 EVENT_BYTES: Final = 100
-"""An event, which carries its run, is longer than this; a bookmark is not."""
+"""An event, which contains its run, is longer than this; a bookmark is shorter."""
 UNREAD_BUFFER_BYTES: Final = 4096
 
 
@@ -134,7 +134,7 @@ def follow(watchers: Sequence[Watcher], streams: int) -> None:
 
 
 class Watching:
-    """Watchers in a process of their own."""
+    """Watchers in a separate process."""
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
         self._popen = popen

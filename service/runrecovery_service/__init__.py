@@ -1,11 +1,11 @@
-"""The service of runrecovery. Its packages and main modules, from the outside inwards:
+"""The service of runrecovery: its packages and main modules.
 
 - `cli`: the `runrecovery` command.
 - `app`: builds every object. `lifecycle`: the order of a start and of a stop, and signals.
   `ownership`: lease, tree deadline and self-fencing. `offline`: check, migrate and back up.
 - `rpc`: the only package with gRPC: services, gate, health, reflection, errors.
 - `recovery`: what happens between a start and SERVING. `execution`: what happens after it. Neither
-  imports the other: recovery writes rows, and execution finds its work in them.
+  imports the other: recovery writes rows, and execution reads them to find its work.
 - `agents`: what recovery, execution and rpc share about agents and their files.
 - `storage`: tables and use cases, one transaction each. `process`: /proc and signals.
   `engines`: agent programs and their dialects. `trust`: entries in the files of agent CLIs.

@@ -9,7 +9,7 @@ from runrecovery_service import early_signals
 
 
 def main() -> NoReturn:
-    """Run the command line; see `cli.main`. Signals are handled first: the imports take long."""
+    """Run the command line (`cli.main`). Handle signals first, because the imports take long."""
     early_signals.exit_at_once(serves=sys.argv[1:2] == ["serve"])
     from runrecovery_service.cli import main as command  # noqa: PLC0415 - see above
 

@@ -87,18 +87,18 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
     open_files = plan_open_files(settings)
     open_files.apply()
     demand_packages(settings)
-    # Before anything is claimed: a name server that does not answer takes long.
+    # Built before anything is claimed, because a name server can take long to answer.
     entrance = Entrance.make(settings, open_files)
     endpoints = build_endpoints(settings)
     with ServiceLocks.acquire(settings) as locks, SteadyThreadPool(1, "probe") as prober:
         early_signals.hold()
-        # Before the store is migrated and an epoch is claimed: a start that no client could reach
-        # must change nothing, and must not count as a start without a finished recovery.
+        # Checked before the store is migrated and an epoch is claimed. A start on an unusable
+        # address must change nothing, and must not count as a start whose recovery never finished.
         parse_listen_address(settings.listen).check_bindable()
         others = (settings.http_listen, settings.probe_listen, settings.metrics_listen)
         for listen in filter(None, others):
             parse_listen_address(listen).check_bindable()
-        # Beside the rest of the start: the probe waits some 30 ms for processes.
+        # Runs in parallel with the rest of the start, because the probe takes some 30 ms.
         probe = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
@@ -131,12 +131,12 @@ async def _run(
 ) -> None:
     parts = SharedParts(settings, locks, db, probe, open_files, endpoints)
     service = _service(parts, entrance, load)
-    gc.freeze()  # later collections skip what a start has imported and built
+    gc.freeze()  # later collections skip the objects that the start has made
     gc.enable()  # see `cli.main`
     try:
         await service.run()
     finally:
-        if parts.tracer is not None:  # last: the stop reports spans as well
+        if parts.tracer is not None:  # stopped last, because the stop itself reports spans
             await parts.tracer.stop()
 
 

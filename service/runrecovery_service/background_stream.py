@@ -15,12 +15,12 @@ from typing import Final, TypeAlias
 from runrecovery_service.required_threads import start_thread
 
 MOST_BYTES: Final = 256 * 1024
-"""Text that may wait to be written: some thousand lines of the log."""
+"""Bytes of text that may wait in the queue: some thousand log lines."""
 DRAIN_S: Final = 1.0
 """How long the end of the process waits for the text to be written."""
 
 _Entry: TypeAlias = bytes | int
-"""Text, or the number of lines that were dropped in its place."""
+"""Text to write, or the number of lines that were dropped at this place in the queue."""
 
 
 def _plain_report(lines: int) -> str:
@@ -31,11 +31,11 @@ class BackgroundStream(TextIOBase):
     """Writes to a descriptor from a thread of its own.
 
     The stream drops text when its queue is full, and when the system refuses the write (a full
-    disk, a pipe without a reader). Before the next text it writes a line with the number of lines
-    that were dropped.
+    disk, a pipe without a reader). Before the next text, the stream writes one line with the number
+    of dropped lines.
 
     Attributes:
-        report_loss: returns this line for a number of dropped lines.
+        report_loss: returns the line that reports a number of dropped lines.
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class BackgroundStream(TextIOBase):
         self._is_full = False
         self._is_writing = False
         self._is_torn = False
-        # Its lock is reentrant: a signal handler may write while its own thread holds the lock.
+        # The lock is reentrant: a signal handler may call `write` in a thread that already holds
+        # it.
         self._changed = threading.Condition()
         start_thread(self._write_for_ever, "log")
         atexit.register(self.drain)
@@ -76,7 +77,8 @@ class BackgroundStream(TextIOBase):
         """Queue text, or count its lines when the queue is full."""
         data = text.encode(self._encoding, "backslashreplace")
         with self._changed:
-            # Full until half of the queue is written: a slow reader gets long pieces and few gaps.
+            # Once full, the queue takes no text until half of it is written. A slow reader then
+            # gets long runs of lines with few gaps.
             self._is_full = self._is_full and self._bytes > self._most_bytes // 2
             if self._is_full or self._bytes + len(data) > self._most_bytes:
                 self._is_full = True
@@ -91,7 +93,7 @@ class BackgroundStream(TextIOBase):
         """Do nothing: loggers flush after each line and must not wait. `drain` waits."""
 
     def drain(self, timeout_s: float = DRAIN_S) -> bool:
-        """Wait until the queue is written; return False if that takes longer than `timeout_s`."""
+        """Wait until the queue is written; return False if the wait exceeds `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: not self._queue and not self._is_writing, timeout_s
@@ -141,12 +143,12 @@ class BackgroundStream(TextIOBase):
         return line.encode(self._encoding, "backslashreplace")
 
     def _put(self, data: bytes) -> bool:
-        """Write all data, however long that takes; return False if the system refuses."""
+        """Write all data, without a time limit; return False if the system refuses the write."""
         left = memoryview(b"\n" + data if self._is_torn else data)
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # another process made the shared descriptor non-blocking
+            except BlockingIOError:  # another process has made the shared descriptor non-blocking
                 poll = select.poll()
                 poll.register(self._descriptor, select.POLLOUT)
                 poll.poll()

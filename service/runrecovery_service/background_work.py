@@ -13,14 +13,14 @@ from runrecovery_service.webhooks.webhooks import Webhooks
 
 
 class Sweeper(Protocol):
-    """Works in rounds, from `start` to `stop`."""
+    """Repeats a task in rounds, from `start` to `stop`."""
 
     def start(self) -> None:
         """Start the rounds."""
         ...
 
     async def stop(self) -> None:
-        """Stop, perhaps after the round that is under way."""
+        """Stop the rounds. A round that is under way may finish first."""
         ...
 
 
@@ -29,9 +29,9 @@ class Sweep:
     """A sweeper, with the conditions under which it runs.
 
     Attributes:
-        name: names its step in the log of a stop.
-        in_safe_mode: False: it does not start in safe mode.
-        stop_grace_s: how much longer than another step its stop may take.
+        name: how the log calls the step of a service stop that stops this sweeper.
+        in_safe_mode: whether it also runs in safe mode.
+        stop_grace_s: seconds that its stop may take on top of `lifecycle.STEP_S`.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Sweep:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class BackgroundWork:
-    """Launches and follows processes, carries out deadlines, cleans up, delivers webhooks.
+    """All background tasks of the service: launches, deadlines, sweeps, webhooks.
 
     Attributes:
         sweeps: in the order in which they start and stop.
-        threads: the threads of all of this work.
+        threads: the pool for blocking calls that all of them share.
     """
 
     dispatcher: Dispatcher
@@ -56,7 +56,7 @@ class BackgroundWork:
     threads: SteadyThreadPool
 
     def start(self, *, safe_mode: bool) -> None:
-        """Start to work. In safe mode nothing launches a process, ends a wait or removes a run."""
+        """Start all tasks. In safe mode none launches a process, ends a wait or removes a run."""
         for sweep in self.sweeps:
             if sweep.in_safe_mode or not safe_mode:
                 sweep.sweeper.start()

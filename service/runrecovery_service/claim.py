@@ -30,7 +30,7 @@ def this_host() -> Host:
     """Return the identity of this machine and its boot.
 
     Raises:
-        ContainmentRefused: this is no Linux with /proc.
+        ContainmentRefused: the system is not Linux, or /proc is not mounted.
     """
     try:
         return Host.here()
@@ -47,7 +47,7 @@ def this_start(settings: Settings, locks: ServiceLocks, host: Host) -> InstanceS
         host_id=host.host_id,
         data_dir=str(locks.data_dir),
         pid=os.getpid(),
-        # One boot of a kernel has one table of locks, and one number for each device.
+        # A lock is named by a device number, which is unique only within one boot of a kernel.
         lock_id=f"{host.boot_id}/{locks.locks[0].name}",
         engines=tuple(settings.engines),
         max_running=settings.capacity,
@@ -75,7 +75,7 @@ def claim_epoch(db: Database, start: InstanceStart, ttl_s: float, *, now: dateti
     with refusing(db.name):
         owner = retry_conflicts(lambda: instances.claim(db, start, now=now, ttl_s=ttl_s))
     if db.dialect.kind is DatabaseKind.SQLITE:
-        db.watch_files()  # the connection of this thread stays open, which keeps the log
+        db.watch_files()  # needs this thread's connection open: the last close would remove the log
     else:
         db.close()
     log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)

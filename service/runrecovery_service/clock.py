@@ -1,4 +1,4 @@
-"""The clocks, in one place. Everything else gets a `Clock`, or a time, as an argument."""
+"""The one place that reads clocks. All other code gets a `Clock`, or a time, as an argument."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Clock:
     def steady(self) -> SteadyTime:
         """Return the time of a clock that cannot be set.
 
-        It runs from the boot of the machine, also while the machine sleeps, and through restarts
-        of the service.
+        The clock starts at the boot of the machine. It also runs while the machine sleeps. Restarts
+        of the service do not affect it.
         """
         boottime_us = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         return SteadyTime(clock=_steady_clock_name(), us=boottime_us)
 
     def due_in(self, seconds: float) -> Due:
-        """Return the deadline that is `seconds` away, by both clocks."""
+        """Return the deadline in `seconds` from now, as a time of both clocks."""
         span = timedelta(seconds=seconds)
         steady = self.steady()
         return Due(at=self.now() + span, clock=steady.clock, us=steady.us + span // _MICROSECOND)
@@ -50,7 +50,7 @@ async def wait_within(event: asyncio.Event, seconds: float) -> bool:
 
 @cache
 def _steady_clock_name() -> str:
-    """Name the clock by its boot and by the time namespace, which may shift it."""
+    """Return the clock's name: the boot id, and the time namespace, which can shift the clock."""
     boot_id = _BOOT_ID.read_text("ascii").strip()
     try:
         return f"{boot_id}/{_TIME_NAMESPACE.stat().st_ino}"

@@ -22,9 +22,9 @@ from runrecovery_service.systemd import SystemdNotifier
 log = structlog.get_logger()
 
 TWICE_REPORTED_S: Final = 0.05
-"""How long after its start the loop may report a signal that was held already."""
+"""How long after its start the event loop may report a signal that was already held."""
 HANG_UP_SETTLES_S: Final = 0.5
-"""How long after SIGHUP the system takes the terminal away, if the terminal was closed."""
+"""After SIGHUP from a terminal that was closed, the terminal is gone within this time."""
 
 
 def prepare_process() -> None:
@@ -62,8 +62,8 @@ class Signals:
     def _receive_stop(self, number: int) -> None:
         """Handle a stop signal, unless it was held already.
 
-        The loop's descriptor receives signals a moment before the loop's handlers replace the
-        holding ones. A signal in between is reported by both, and must count once.
+        For a moment at the start, both the loop and the holding handlers receive each signal. A
+        signal that both report must count once.
         """
         if number in self._were_held:
             self._were_held.discard(number)
@@ -76,11 +76,11 @@ class Signals:
         log.info("service.stop_asked", signal=signal.Signals(number).name, times=times)
         if times > 1:
             drain_stderr()
-            os._exit(128 + number)  # at once; the next start recovers what is left
+            os._exit(128 + number)  # at once: the next start recovers all unfinished runs
         self.stop.request()
 
     def _receive_harmless(self, number: int) -> None:
-        """Reload at SIGHUP, unless it says that the terminal was closed. Ignore other signals."""
+        """Reload at SIGHUP, unless the terminal was closed. Ignore the other harmless signals."""
         if number != signal.SIGHUP:
             log.info("service.signal_ignored", signal=signal.Signals(number).name)
         elif self._had_terminal:
@@ -93,11 +93,11 @@ class Signals:
             log.info("service.signal_ignored", signal=signal.SIGHUP.name)
 
     def _stop_if_hung_up(self) -> None:
-        """Stop a service whose terminal was closed: no user could see it or press Ctrl-C."""
+        """Stop if the terminal was closed: no user can press Ctrl-C any more. Else reload."""
         if early_signals.has_terminal():
             self._reload()
         elif not self.stop.is_set():
-            # Not counted: a single SIGTERM that follows must not cut the stop short.
+            # SIGHUP is not counted: only a second stop signal may end the process at once.
             times = self._stops_requested
             log.info("service.stop_asked", signal=signal.SIGHUP.name, times=times)
             self.stop.request()
@@ -112,13 +112,13 @@ class Control:
     systemd: SystemdNotifier
 
     def start(self) -> None:
-        """Carry out signals and reloads from now on, also the signals that came before."""
+        """Carry out signals and reloads from now on, including signals that were held before."""
         Signals(self.stop_signal, self.reloader.request).handle()
         self.systemd.start()
         self.reloader.start()
 
     async def stop_reloads(self) -> None:
-        """Reload nothing any more."""
+        """Carry out no more reloads."""
         await self.reloader.stop()
 
     async def stop(self) -> None:

@@ -17,7 +17,7 @@ R = TypeVar("R")
 NO_THREAD_PAUSE_S: Final = 0.1
 """Pause between two tries to start a thread that the system refuses."""
 EXECUTOR_THREADS: Final = 16
-"""Threads for blocking work outside of turns: reading outputs, removing what a turn left."""
+"""Threads for blocking work outside of turns, such as reading outputs and removing their files."""
 
 
 class _NeverAwaited(SteadyThreadPool):
@@ -26,9 +26,9 @@ class _NeverAwaited(SteadyThreadPool):
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return a loop whose close does not wait for `asyncio.to_thread`.
+    """Return an event loop whose close does not wait for calls of `asyncio.to_thread`.
 
-    The close of an ordinary loop waits for 300 s, or for ever, when a disk hangs.
+    When a disk hangs, the close of an ordinary loop waits for 300 s or for ever.
     """
     loop = uvloop.new_event_loop()
     loop.set_default_executor(_NeverAwaited(EXECUTOR_THREADS, "other"))
@@ -36,7 +36,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def start(work: Callable[[], R]) -> Future[R]:
-    """Start the work in a thread of its own, and return its future, which cannot be cancelled.
+    """Start the work in a new thread, and return a future of its result that cannot be cancelled.
 
     Raises:
         RuntimeError: the system refuses a thread.
@@ -57,7 +57,10 @@ def start(work: Callable[[], R]) -> Future[R]:
 
 
 async def run(work: Callable[[], R]) -> R:
-    """Return the result of the work. While the system refuses threads, try again."""
+    """Run the work in a new thread, and return its result.
+
+    While the system refuses a thread, try again.
+    """
     while True:
         try:
             future = start(work)
@@ -68,10 +71,10 @@ async def run(work: Callable[[], R]) -> R:
 
 
 async def run_within(seconds: float, work: Callable[[], R]) -> R:
-    """Return the result of the work.
+    """Run the work in a new thread, and return its result.
 
     Raises:
-        TimeoutError: the work takes longer; its thread continues.
+        TimeoutError: the work takes longer than `seconds`; its thread continues.
     """
     async with asyncio.timeout(seconds):
         return await run(work)

@@ -1,4 +1,4 @@
-"""Ties the folder of the runs to one database, by an id in a file.
+"""Binds the folder of the runs to one database, by an id in a file.
 
 The folder of a run is named by the integer key of its row. In another database the same key belongs
 to another run, and the service would use or remove the wrong folders.
@@ -27,7 +27,7 @@ ANOTHER: Final = (
 
 
 def demand_own_store(db: Database, runs: Path) -> None:
-    """Record the id of the store in the folder of the runs, or check the id that is there.
+    """Check the store id in the folder of the runs; record it if the folder has none.
 
     Raises:
         DataDirRefused: the folders of runs belong to another store, or the system refuses access.
@@ -51,7 +51,7 @@ def foreign_folders(store: str | None, runs: Path) -> str | None:
     """Return the problem if the folders of runs belong to another store; None if they do not.
 
     Args:
-        store: the id of the store; None: it has none yet.
+        store: the id of the store; None: the store has no id yet.
     """
     place = runs / STORE_FILE
     try:

@@ -1,4 +1,4 @@
-"""Starts no runs while the disk has little room, so that those that exist can end in order."""
+"""Stops new runs and launches while the disk is almost full, so that running turns can end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ log = structlog.get_logger()
 
 CHECK_INTERVAL_S: Final = 2.0
 ANSWER_S: Final = 5.0
-"""How long the file system may take to answer. Until it does, the last answer counts."""
+"""How long the file system may take to answer. After a timeout, the previous answer still
+counts."""
 ENOUGH: Final = 1.25
-"""There is room again at so many times the floor: a limit that is crossed back and forth would
-start and stop launches each time."""
+"""Launches resume only above this multiple of the floor. Otherwise free space that varies around
+the floor would stop and start launches again and again."""
 
 
 def free_bytes(place: Path) -> int:
-    """Return the bytes that the service's user can still write below a directory."""
+    """Return the bytes that the service's user can still write on the disk of a directory."""
     found = os.statvfs(place)
     return found.f_bavail * found.f_frsize
 
@@ -38,7 +39,7 @@ class DiskFloor:
 
     Attributes:
         places: directories that the service writes into.
-        min_free_bytes: the floor of each.
+        min_free_bytes: the free space, in bytes, below which a directory's disk counts as low.
     """
 
     places: Sequence[Path]
@@ -61,15 +62,19 @@ class DiskFloor:
         )
 
     def start(self) -> None:
-        """Start to check."""
+        """Start the checks."""
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop checking."""
+        """Stop the checks."""
         await self._loop.cancel()
 
     async def check(self) -> None:
-        """Check once."""
+        """Check all directories once, and pass a changed result to gate and dispatcher.
+
+        Raises:
+            TimeoutError: the file system did not answer within `ANSWER_S`.
+        """
         try:
             free = await daemon_threads.run_within(ANSWER_S, self._free)
         except TimeoutError as error:

@@ -1,6 +1,7 @@
 """Handles signals that come before the service has installed its own handlers.
 
-It also records whether the process had a terminal, because SIGHUP may take the terminal away.
+The module also records whether the process had a terminal, because after SIGHUP the terminal may be
+gone.
 
 Without these handlers Python would print a traceback (SIGINT), or the system would kill the process
 (other signals), although nothing is wrong. Import this module first: it imports almost nothing.
@@ -16,7 +17,7 @@ from typing import Final
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""They end no service: SIGHUP reloads. Without a handler they kill."""
+"""Signals that do not stop the service; SIGHUP reloads. Without a handler they kill the process."""
 INTERRUPTED: Final = 130
 
 NO_TERMINAL: Final = frozenset({errno.ENXIO, errno.EIO, errno.ENOENT})
@@ -27,10 +28,10 @@ _terminal: list[bool] = []
 
 
 def exit_at_once(*, serves: bool) -> None:
-    """Exit without a traceback at Ctrl-C: this process has only imported and read so far.
+    """From now on, exit without a traceback at Ctrl-C: there is nothing to release yet.
 
     Args:
-        serves: the process is a service. It also exits at SIGTERM, with 0 as after any stop, and
+        serves: whether the process is a service. A service also exits at SIGTERM, with code 0, and
             holds harmless signals.
     """
 
@@ -60,7 +61,7 @@ def hold() -> None:
 
 
 def take_held() -> list[int]:
-    """Return the held signals in their order, and hold them no longer."""
+    """Return the held signals in the order of their arrival, and forget them."""
     signals = _held.copy()
     _held.clear()
     return signals

@@ -1,4 +1,4 @@
-"""The packages that only some configurations need: which of them are missing."""
+"""Checks that the optional packages which a configuration needs are installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def demand_packages(settings: Settings) -> None:
     """Raise if the configuration needs a package that is not installed.
 
     Raises:
-        PackagesMissing: with every such key.
+        PackagesMissing: a package is missing; the error lists every key that needs one.
     """
     if problems := missing_packages(settings):
         raise PackagesMissing(tuple(problems))
@@ -33,5 +33,5 @@ def demand_packages(settings: Settings) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ValueError, ModuleNotFoundError):  # a test hides it
+    except (ValueError, ModuleNotFoundError):  # a test has hidden the module
         return False

@@ -31,16 +31,16 @@ log = structlog.get_logger()
 
 FINISH_POLL_S: Final = 0.1
 STEP_S: Final = 30.0
-"""The most that a step of a stop may take, on top of the graces that are configured for it."""
+"""Time limit of one step of a stop, on top of the grace that is configured for the step."""
 
 
 @contextmanager
 def store_kept(db: Database) -> Iterator[None]:
-    """Check the files of the store before the last connection is closed, however the service ends.
+    """After the block, check that the store's files still exist, before the last connection closes.
 
     Raises:
-        StoreLost: a file is lost; a copy was made, if that was possible. The error that ended the
-            service before is the cause.
+        StoreLost: a file is lost; a copy was made if possible. An error that the block raised is
+            the cause.
     """
     ended_by: BaseException | None = None
     try:
@@ -64,14 +64,14 @@ def _store_lost(db: Database) -> StoreLost | None:
         db.demand_in_place()
     except StoreLost as error:
         return error
-    except OSError:  # the system does not say whether the files are in place
+    except OSError:  # the system does not report whether the files exist
         pass
     return None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Service:
-    """A service of one start: runs it, and stops it in order."""
+    """Everything that one start has built: runs the service, and stops it in order."""
 
     settings: Settings
     stop: StopSignal
@@ -86,7 +86,7 @@ class Service:
         """Bind, recover, serve until a stop, and stop in order.
 
         Raises:
-            Exception: the error that stopped the service, if not a signal did.
+            Exception: the error that stopped the service. A signal raises nothing.
         """
         self.control.start()
         self.ownership.start()
@@ -114,17 +114,19 @@ class Service:
     async def _shut_down(self) -> None:
         """Drain, end processes, decide on runs, release the lease.
 
-        The lease is renewed, and process trees live, until the last tree was ended in order.
+        The lease is renewed until the last process tree has ended: without renewals the trees'
+        deadline would kill them.
         """
         await self._drain()
         await self._stop_calls()
         for sweep in self.work.sweeps:
             await _step(sweep.name, sweep.sweeper.stop(), grace_s=sweep.stop_grace_s)
         if self.stop.failure is None and self.gate.recovered:
-            # Without a time limit: there may be many runs. But the store has to answer.
+            # No time limit, because there may be many runs. A store that does not answer ends the
+            # step.
             await _step("runs", self._decide_on_runs(), grace_s=math.inf)
         await self._stop_processes()
-        await _step("webhooks", self.work.webhooks.stop())  # after the last end of a run
+        await _step("webhooks", self.work.webhooks.stop())  # after the last run has ended
         await _step("renewals", self.ownership.stop_tasks())
         await _step("threads", asyncio.to_thread(self.work.threads.shutdown))
         if not isinstance(self.stop.failure, Fenced | LeaseLost | StoreLost):
@@ -135,24 +137,24 @@ class Service:
         log.info("service.stopped", epoch=self.ownership.owner.epoch)
 
     async def _drain(self) -> None:
-        """Launch nothing more, let turns end, refuse changes, and let load balancers notice."""
+        """Launch nothing more, await turns, refuse changes, and let load balancers notice."""
         begun_s = monotonic()
-        self.work.dispatcher.pause()  # queued runs may survive the stop; a launched one would not
+        self.work.dispatcher.pause()  # a queued run can survive the stop, a new process cannot
         await self._let_turns_end()
         self.gate.drain()
         await _step("deadlines", self.work.deadlines.stop())
         if self.stop.failure is not None:
-            # Another instance may own the runs already: first our processes and deliveries end.
+            # Another instance may own the runs already, so processes and deliveries end first.
             await asyncio.gather(
                 self._stop_processes(), _step("webhooks", self.work.webhooks.stop())
             )
-        elif self.gate.recovered:  # before, health was NOT_SERVING: no load balancer sends calls
+        elif self.gate.recovered:  # else no load balancer has ever sent calls
             await asyncio.sleep(self.settings.drain_delay_s - (monotonic() - begun_s))
 
     async def _let_turns_end(self) -> None:
-        """Wait until the turns under way have ended, for `finish_s` at most.
+        """Wait up to `finish_s` seconds until the turns under way have ended.
 
-        Replies and cancels are accepted meanwhile, and deadlines carried out.
+        Meanwhile the service accepts replies and cancels, and carries out deadlines.
         """
         work, end_s = self.work.dispatcher, monotonic() + self.settings.finish_s
         if not self.settings.finish_s or self.stop.failure is not None or not work.at_work:
@@ -177,7 +179,8 @@ class Service:
         """End all processes and record a decision on every run, as the next start would.
 
         Raises:
-            StorageUnavailable: the store did not answer for too long; the next start decides.
+            StorageUnavailable: the store did not answer in time; the next start makes the
+                decisions.
         """
         await self.work.dispatcher.detach()
         deciding = asyncio.create_task(self.recovery_runner.decide_at_stop())

@@ -27,7 +27,7 @@ class Listeners:
     Attributes:
         max_connections: client connections at one time, for the log.
         http: answers the contract as JSON over HTTP; None: HTTP is off.
-        probe: answers health checks on an address of its own; None: there is no such address.
+        probe: answers health checks on a separate address; None: none is configured.
         metrics: answers scrapes; None: metrics are off.
     """
 
@@ -62,18 +62,18 @@ class Listeners:
         log.info("service.listening", max_connections=self.max_connections, **addresses)
 
     async def stop_calls(self, *, grace_s: float) -> None:
-        """Wait up to `grace_s` seconds for open calls, and answer no more."""
+        """Accept no more calls, and wait up to `grace_s` seconds for open ones."""
         servers = [self.server.stop(grace_s=grace_s)]
         if self.http is not None:
             servers.append(self.http.stop(grace_s=grace_s))
         await asyncio.gather(*servers)
 
     async def stop_probes(self) -> None:
-        """Answer no more probes on their own address."""
+        """Stop answering probes on the separate address."""
         if self.probe is not None:
             await self.probe.stop(grace_s=0.0)
 
     async def stop_metrics(self) -> None:
-        """Answer no more scrapes."""
+        """Stop answering scrapes."""
         if self.metrics is not None:
             await self.metrics.stop()

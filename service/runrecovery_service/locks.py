@@ -50,7 +50,7 @@ def _make(place: Path) -> None:
     try:
         paths.make_directory(place)
     except OSError as error:
-        raise DataDirRefused(str(place), error.strerror or "cannot be made") from error
+        raise DataDirRefused(str(place), error.strerror or "cannot be created") from error
 
 
 def runs_dir(settings: Settings, data_dir: Path) -> Path:
@@ -78,7 +78,7 @@ def sqlite_file(settings: Settings, data_dir: Path) -> Path | None:
 class ServiceLocks:
     """The locks on the data directory, on the path of a SQLite file, and on that file itself.
 
-    `open_database` appends the last one to `locks`.
+    `acquire` takes the first two. `open_database` appends the third to `locks`.
     """
 
     data_dir: Path
@@ -103,7 +103,7 @@ class ServiceLocks:
                 try:
                     service_locks.locks.append(LockFile(path, what, holder))
                 except OSError as error:
-                    reason = error.strerror or "cannot be made"
+                    reason = error.strerror or "cannot be created"
                     raise DataDirRefused(str(path), reason) from error
             acquired.pop_all()
         return service_locks

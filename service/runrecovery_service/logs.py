@@ -1,11 +1,11 @@
 """Writes log events: their stream, their form, and the redaction of secrets.
 
-Every event is one line on standard error: a JSON object, or for a terminal a coloured line. Events
-of the standard library's loggers (grpc, asyncio) are written in the same way.
+Every event is one line on standard error: a JSON object, or a coloured line if standard error is a
+terminal. Events of the standard library's loggers (grpc, asyncio) are written in the same way.
 
-No secret is passed to a log call of the service; gRPC logs metadata that are not UTF-8, and
-`_UndecodableMetadata` removes them. As a last defence, the values of keys that end in one of
-`SECRET_WORDS`, and passwords inside URLs, are redacted here, also inside exceptions.
+The service passes no secret to a log call. gRPC itself logs metadata that are not UTF-8;
+`_UndecodableMetadata` removes their values. As a last defence, the values of keys that end in one
+of `SECRET_WORDS`, and passwords inside URLs, are redacted here, also inside exceptions.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-# structlog imports rich if it can, for tracebacks that the service does not use (they show local
-# variables). That import takes a third of the import time of structlog, at every start.
+# structlog imports rich if rich is installed, for tracebacks that show local variables. The service
+# does not use them, and the import costs a third of structlog's import time.
 with _without("rich"):
     import structlog
 
@@ -63,14 +63,14 @@ _SECRET_KEY: Final = re.compile(rf"(?:^|_)(?:{'|'.join(sorted(SECRET_WORDS))})$"
 # any of them can look like the next field of the error: everything up to the end is removed.
 _DETAIL: Final = re.compile(r"(DETAIL|CONTEXT):.*", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*):[^\s\"']*@", re.IGNORECASE)
-# Also `sslpassword` and PGPASSWORD. In quotes a backslash escapes; a text may be cut off before the
-# closing quote.
+# Also matches `sslpassword` and PGPASSWORD. Inside quotes a backslash escapes. The closing quote
+# may be missing, because a text can be cut off.
 _PARAMETER: Final = re.compile(
     r"(password\s*=\s*)('(?:[^'\\]|\\.)*'?|[^\s&\"']+)", re.IGNORECASE | re.DOTALL
 )
 
-# The message of a database error can quote a row: PostgreSQL in the lines after the first, under
-# names in the language of the server; SQLite after these words.
+# The message of a database error can quote a row. PostgreSQL does so after the first line, under
+# headings in the server's language; SQLite after "with text".
 _DATABASES: Final = frozenset({"peewee", "psycopg", "sqlite3"})
 _QUOTED: Final = re.compile(r"\n.*| with text .*", re.DOTALL)
 _QUOTED_VALUE: Final = re.compile(r"[\n\"'«„“「].*", re.DOTALL)
@@ -86,14 +86,17 @@ UNDECODABLE_INTERVAL_S: Final = 60.0
 LOGGED_EVENTS: Final = SharedCounter(
     "runrecovery_log_events_total", "Warnings and errors that were logged.", "event", "level"
 )
-"""Of the process, as the log is. Events of other libraries are texts, and are not counted."""
-LOGGED_LINES: Final = SharedCounter("runrecovery_log_lines_total", "The same, together.", "level")
+"""One counter for the whole process. Events of other libraries are free texts, and not counted."""
+LOGGED_LINES: Final = SharedCounter(
+    "runrecovery_log_lines_total", "All of them, by level.", "level"
+)
 
 
 class _UndecodableMetadata(logging.Filter):
     """Removes the value and the traceback from gRPC's line about metadata that are not UTF-8.
 
-    The value can be a token. Anybody who connects can cause such lines, so one a minute is kept.
+    The value can be a token. Anyone who connects can cause these lines, so only one in
+    `UNDECODABLE_INTERVAL_S` is kept.
     """
 
     def __init__(self) -> None:
@@ -118,8 +121,8 @@ class _UndecodableMetadata(logging.Filter):
 class Unfailing(TextIOBase):
     """A stream that drops text instead of raising an error.
 
-    A log on a full disk, or in a pipe without a reader, must not end the thread that writes to the
-    store.
+    A log that cannot be written (a full disk, a pipe without a reader) must not end the thread that
+    writes to the store.
 
     Attributes:
         lost: how many writes were dropped.
@@ -133,7 +136,7 @@ class Unfailing(TextIOBase):
         """Write the text, or count it as lost."""
         try:
             return self._stream.write(text)
-        except (OSError, ValueError):  # full, gone, closed
+        except (OSError, ValueError):  # full disk, reader gone, closed
             self.lost += 1
             return len(text)
 
@@ -147,7 +150,7 @@ class Unfailing(TextIOBase):
         return self._stream.isatty()
 
 
-Event = MutableMapping[str, Any]  # the type that structlog has for an event
+Event = MutableMapping[str, Any]  # structlog's own type for an event
 
 
 def configure(
@@ -159,7 +162,7 @@ def configure(
 
     Args:
         format: the form of a line; AUTO is CONSOLE if the stream is a terminal, else JSON.
-        level: less important events are dropped at once.
+        level: events below this level are dropped.
         stream: None: standard error.
     """
     out = _never_failing(stream or sys.stderr)
@@ -187,7 +190,7 @@ def configure(
 
 
 def set_level(level: LogLevel) -> None:
-    """Drop less important events than these from now on."""
+    """Drop events below this level from now on."""
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
     logging.getLogger().setLevel(number)
@@ -202,11 +205,11 @@ def _never_failing(stream: TextIO | BackgroundStream) -> BackgroundStream | Unfa
 
 
 def _loss_report(processors: list[structlog.typing.Processor]) -> Callable[[int], str]:
-    """Return a function that renders the event for lost lines, without the full queue."""
+    """Return a function that renders the event for lost lines without writing to the full queue."""
     rendered = structlog.wrap_logger(
         structlog.ReturnLogger(),
         processors=processors,
-        wrapper_class=structlog.BoundLogger,  # the configured one drops warnings at level ERROR
+        wrapper_class=structlog.BoundLogger,  # the configured class drops warnings at level ERROR
     )
     return lambda lines: f"{rendered.warning('service.log_lines_lost', lines=lines)}\n"
 
@@ -219,7 +222,7 @@ def _common() -> list[structlog.typing.Processor]:
 
 
 def _count(_logger: object, _method: str, event: Event) -> Event:
-    """Count an event that is more than news (a structlog processor)."""
+    """Count a warning or an error (a structlog processor)."""
     if event["level"] in {"warning", "error"}:
         LOGGED_EVENTS.add(event["event"], event["level"])
         LOGGED_LINES.add(event["level"])
@@ -280,7 +283,7 @@ def _shorten(error: BaseException | None) -> None:
         if isinstance(link, BaseExceptionGroup):
             waiting += link.exceptions
         elif type(link).__module__.partition(".")[0] in _DATABASES:
-            # A DataError is about a value, and quotes the value in the first line.
+            # A DataError is about one value, and quotes it in the first line.
             is_of_value = any(kind.__name__ == "DataError" for kind in type(link).__mro__)
             quoted = _QUOTED_VALUE if is_of_value else _QUOTED
             link.args = tuple(quoted.sub("", str(arg)) for arg in link.args)

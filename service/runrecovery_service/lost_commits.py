@@ -1,4 +1,4 @@
-"""Keeps a note on disk that the database has lost commits, until a recovery report contains it."""
+"""Notes on disk that the database has lost commits, until a recovery report contains the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 @contextmanager
 def losses_noted(data_dir: Path) -> Iterator[None]:
-    """Write the note to the data directory if the block raises `CommitsLost`."""
+    """Write the note to the data directory if the block raises CommitsLost."""
     try:
         yield
     except CommitsLost as error:

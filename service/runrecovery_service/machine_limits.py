@@ -19,7 +19,7 @@ def plan_open_files(settings: Settings) -> OpenFiles:
         OpenFilesRefused: the limit is too low for the configuration.
     """
     runs = settings.capacity
-    # Each call and each stream may use a connection of its own.
+    # In the worst case each call and each stream has its own connection.
     wanted = settings.max_concurrent_calls + settings.max_concurrent_streams
     try:
         return OpenFiles.plan(runs=runs, connections=wanted, webhooks=len(settings.webhooks))
@@ -28,12 +28,12 @@ def plan_open_files(settings: Settings) -> OpenFiles:
 
 
 def agent_share(settings: Settings, open_files: OpenFiles) -> AgentShare:
-    """Return the share of the machine's resources that each agent gets."""
+    """Return the open files and the pipe size that each agent gets."""
     return AgentShare(open_files.agents_soft, stdout_pipe_bytes(settings.capacity))
 
 
 def open_cgroup_parent(settings: Settings) -> CgroupParent | None:
-    """Return the delegated cgroup; None if none is configured.
+    """Open the delegated cgroup and return it; None if none is configured.
 
     Raises:
         CgroupRefused: the cgroup cannot be used.

@@ -1,8 +1,8 @@
 """Every counter and histogram of the service.
 
-Every package counts in plain numbers, whether or not metrics are on. `metrics/` turns the numbers
-into Prometheus' form at each scrape. Only one thread writes to a counter or histogram, except to a
-`SharedCounter`, so that the event loop needs no lock.
+Every package counts, whether or not metrics are on. `metrics/` converts the numbers to the
+Prometheus format at a scrape. Only one thread writes a counter or histogram, so none needs a lock.
+The exception is `SharedCounter`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COMMIT_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class Counter:
-    """Counts by the values of labels. No such value may come from a caller or name a run.
+    """A count for each combination of label values. No value may come from a caller or name a run.
 
     Attributes:
         name: the name of the metric, which ends in `_total`.
         help: the meaning, one sentence.
         labels: the names of the labels.
-        values: the counts so far, by the values of the labels.
+        values: the counts, by label values in the order of `labels`.
     """
 
     def __init__(self, name: str, help: str, *labels: str) -> None:  # noqa: A002 - Prometheus' word
@@ -50,7 +50,7 @@ class Counter:
         self.values[labels] = self.values.get(labels, 0) + count
 
     def show_zero(self, *labels: str) -> None:
-        """Show 0 until the first event: Prometheus does not notice a series that begins with 1."""
+        """Begin the series with 0: Prometheus misses the increase of a series that begins at 1."""
         self.values.setdefault(labels, 0)
 
 
@@ -68,14 +68,14 @@ class SharedCounter(Counter):
 
 
 class Histogram:
-    """Counts values in fixed buckets, by the values of labels.
+    """Counts of values in fixed buckets, for each combination of label values.
 
     Attributes:
         name: the name of the metric, which ends in its unit.
         help: the meaning, one sentence.
         labels: the names of the labels.
         bounds: the upper bounds of the buckets, ascending. One more bucket is above the last.
-        series: by the values of the labels the count of each bucket, and then the sum.
+        series: by label values: the count of each bucket, followed by the sum of all values.
     """
 
     def __init__(self, name: str, help: str, *labels: str, bounds: tuple[float, ...]) -> None:  # noqa: A002 - Prometheus' word
@@ -137,10 +137,7 @@ class Meters:
             "runrecovery_output_lost_total", "Pieces of output that could not be kept.", "engine"
         )
         self.webhook_tries = Counter(
-            "runrecovery_webhook_tries_total",
-            "Tries of deliveries to webhooks.",
-            "webhook",
-            "outcome",
+            "runrecovery_webhook_tries_total", "Tries of webhook deliveries.", "webhook", "outcome"
         )
         self.takeovers = Counter(
             "runrecovery_takeovers_total", "Takeovers of dead instances.", "outcome"

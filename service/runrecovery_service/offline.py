@@ -65,14 +65,15 @@ def migrate(settings: Settings) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backup:
-    """What a backup holds.
+    """The content of a finished backup.
 
     Attributes:
         runs: the number of runs in the copy, by instance.
         folders: how many runs have a folder in the copy; None: the backup is without folders.
-        size: the bytes of the files in them.
+        size: the total bytes of the files in these folders.
         waiting: how many resumable runs wait for a reply in the copy.
-        changed: the run_ids of those whose folder may be newer or older than the database.
+        changed: the run_ids of waiting runs whose folder may be newer or older than the copied
+            database.
     """
 
     runs: Mapping[str, int]
@@ -86,12 +87,12 @@ def backup(settings: Settings, destination: Path, *, with_runs: bool = False) ->
     """Copy the SQLite store of a running or stopped service, and check the copy.
 
     Args:
-        with_runs: also copy the folders of the runs that the copy has.
+        with_runs: also copy the folders of the runs in the copied database.
 
     Raises:
         DatabaseRefused: the store is not SQLite, does not exist, or its copy is damaged.
-        BackupRefused: a name of the backup exists.
-        DataDirRefused: a file of a run could not be copied. Nothing of the backup is left.
+        BackupRefused: a file or folder with the name of the backup exists.
+        DataDirRefused: a file of a run could not be copied. The incomplete backup is removed.
     """
     data_dir = paths.absolute(settings.data_dir)
     path = sqlite_file(settings, data_dir)
@@ -127,7 +128,7 @@ def backup(settings: Settings, destination: Path, *, with_runs: bool = False) ->
 def check(settings: Settings) -> list[str]:
     """Return every problem that a start would have, one sentence each.
 
-    Nothing is changed, except that a configured cgroup is created if only its parent exists.
+    A configured cgroup is created if only its parent exists. Nothing else is changed.
     """
     problems = [
         f"engine {name!r}: {reason}"
@@ -145,7 +146,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def check_notes(settings: Settings) -> list[str]:
-    """Return the warnings that prevent no start, one sentence each."""
+    """Return every warning that does not prevent a start, one sentence each."""
     return [*_data_dir_notes(settings), *_metrics_notes(settings)]
 
 
@@ -190,7 +191,7 @@ def _store_problems(settings: Settings) -> list[str]:
     if path is None:
         problems += _postgresql_problems(settings, runs)
     elif problems and path.parent == data_dir:
-        pass  # without the directory nothing is known of the file
+        pass  # the file cannot be checked without its directory
     elif reason := paths.database_problem(path, data_dir):
         problems.append(f"{paths.shown(path)}: {reason}")
     elif path.exists():

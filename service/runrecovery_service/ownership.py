@@ -1,6 +1,7 @@
 """Keeps this service the owner of its runs, or stops it: lease, tree deadline, self-fencing.
 
-Trials of the store's statements and a watch on its files find what a renewal of the lease does not.
+A renewal of the lease does not notice every failure of the store. Trials of the statements and a
+watch on the files find the others.
 """
 
 from __future__ import annotations
@@ -37,26 +38,25 @@ if TYPE_CHECKING:  # not imported with SQLite
 log = structlog.get_logger()
 
 RENEWALS_PER_LEASE: Final = 5
-"""How many renewals, and how many trials of the statements, fall into the time of one lease."""
+"""How many renewals, and how many trials of the statements, are made in `lease_ttl_s`."""
 SELF_FENCE_SHARE: Final = 2 / 3
-"""An instance stops once it could not renew its lease for this share of the lease's time.
-
-Not on SQLite: the lock on the file fences there, and a full disk is no reason to stop."""
+"""A PostgreSQL instance stops when it could not renew for this share of `lease_ttl_s`. On SQLite
+the file lock keeps others out, and a full disk is no reason to stop."""
 RENEWAL_TRY_SHARE: Final = 0.3
-"""One try to renew the lease may take this share of the lease's time."""
+"""One try to renew the lease may take this share of `lease_ttl_s`."""
 TREES_BEFORE_LEASE_S: Final = 1.0
 """If the lease is not renewed, process trees end this long before the lease does. An instance that
 takes over then finds no process alive."""
 LEASES_PER_WRITE_TRIAL: Final = 2
-"""On PostgreSQL a write is tried once in the time of this many leases: a trial uses up keys."""
+"""On PostgreSQL a write is tried once in this many times `lease_ttl_s`: each write uses up keys."""
 FAILURES_IN_A_ROW: Final = 2
 """Health says NOT_SERVING after this many failed trials in a row."""
 FILE_CHECK_S: Final = 1.0
 """How soon a removed lock or SQLite file is noticed without a write."""
 SHARED_POLL_S: Final = 1.0
-"""How soon watchers are woken by a change of another instance."""
+"""Seconds between two polls for changes of other instances."""
 NOTICE_PAUSE_S: Final = 0.05
-"""Hints of this time are sent together."""
+"""Hints that arise within this time are sent together."""
 LISTEN_AGAIN_S: Final = 5.0
 """The pause before a lost connection for hints is replaced. Meanwhile polls find all changes."""
 FILE_CHECK_TIMEOUT_S: Final = 5.0
@@ -64,22 +64,25 @@ FILE_CHECK_TIMEOUT_S: Final = 5.0
 
 
 def tree_deadline_ns(lease_ttl_s: float, renewed_ns: int) -> int:
-    """Return until when process trees may live after a renewal that began at `renewed_ns`.
+    """Return the time at which process trees must end unless the lease is renewed again.
 
-    Both times are of CLOCK_BOOTTIME, which also runs while the machine sleeps.
+    Both times are nanoseconds of CLOCK_BOOTTIME, which also runs while the machine sleeps.
+
+    Args:
+        renewed_ns: when the last successful renewal began.
     """
     return renewed_ns + int((lease_ttl_s - TREES_BEFORE_LEASE_S) * 1e9)
 
 
 @dataclass(slots=True)
 class StorageHealthReporter:
-    """Reports to health whether all parts of the storage answer."""
+    """Sets the health of the service by whether all parts of the storage answer."""
 
     gate: Gate
     _unanswered: set[str] = field(default_factory=set)
 
     def note(self, part: str, *, answers: bool) -> None:
-        """Record whether one part answers. Health says SERVING only if all parts do."""
+        """Record whether one part answers. Health is SERVING only if all parts answer."""
         if answers:
             self._unanswered.discard(part)
         else:
@@ -93,9 +96,9 @@ class LeaseRenewal:
 
     Attributes:
         catalog: the configured engines. Each renewal writes their names into the instance's row.
-        note: gets each acknowledged renewal, for the next start; None on SQLite.
-        commits: what the database has acknowledged to this start.
-        unrenewed: set once the lease could not be renewed for `SELF_FENCE_SHARE` of its time.
+        note: keeps each acknowledged renewal, for the next start; None on SQLite.
+        commits: the position up to which the database has acknowledged commits to this start.
+        unrenewed: set when the lease could not be renewed for `SELF_FENCE_SHARE` of `lease_ttl_s`.
     """
 
     lease_ttl_s: float
@@ -124,11 +127,11 @@ class LeaseRenewal:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the lease ends, if it is not renewed. Below 0: it has ended."""
+        """Seconds until the lease ends. Negative if it has ended."""
         return self._renewed_s + self.lease_ttl_s - boot_time_ns() / 1e9
 
     def tasks(self) -> list[PeriodicTask]:
-        """Return the renewal and, where no instance can take over, the loop of the heartbeats."""
+        """Return the loop of renewals and, on SQLite, the loop that lets process trees live."""
         renewal = PeriodicTask(
             name="lease-renewal",
             step=self.renew,
@@ -140,7 +143,7 @@ class LeaseRenewal:
         )
         if self.storage.is_shared:
             return [renewal]
-        # A full disk makes renewals on SQLite fail or hang, and must not end process trees.
+        # On SQLite a full disk makes renewals fail or hang. This must not end process trees.
         trees = PeriodicTask(
             name="tree-deadline",
             step=self._let_trees_live,
@@ -154,9 +157,8 @@ class LeaseRenewal:
     def demand_current(self, db: Database) -> LogPosition | None:
         """Check the epoch at the beginning of a transaction; stop the service if it is superseded.
 
-        Any thread may call this.
-
-        The lease alone would reveal the new epoch, or lost commits, only at the next renewal.
+        Without this check, only the next renewal would notice a new epoch or lost commits. Any
+        thread may call this.
 
         Returns:
             The end of the write-ahead log; None if the database does not report positions.
@@ -181,7 +183,7 @@ class LeaseRenewal:
         Raises:
             Fenced: a newer epoch of this instance has started.
             CommitsLost: the database lacks commits that it had acknowledged.
-            LeaseLost: the lease could not be renewed for too long, and other instances may take it.
+            LeaseLost: the lease could not be renewed for too long, so that others may take it.
         """
         begun_ns = boot_time_ns()
         begun_s = begun_ns / 1e9
@@ -200,7 +202,7 @@ class LeaseRenewal:
                 )
         except Fenced:
             raise
-        except Exception as error:  # noqa: BLE001 - after any error the lease is not renewed
+        except Exception as error:  # noqa: BLE001 - whatever the error, the lease is not renewed
             log.warning("service.lease_not_renewed", **error_facts(error))
             self.health.note("lease", answers=False)
             pause_s = self.interval_s / 3
@@ -214,9 +216,9 @@ class LeaseRenewal:
         return pause_s
 
     def _try_limit_s(self, begun_s: float) -> float:
-        # A connection may hang; a limit leaves time for a try on another connection.
+        # A connection can hang. The limit leaves time for a try on another connection.
         most_s = self.lease_ttl_s * RENEWAL_TRY_SHARE
-        if not self.storage.is_shared:  # it has no fence time: a slow disk may be late, and recover
+        if not self.storage.is_shared:  # SQLite has no self-fencing, so a slow disk may recover
             return most_s
         left_s = self._renewed_s + self.lease_ttl_s * SELF_FENCE_SHARE - begun_s
         return min(max(0.1, left_s), most_s)
@@ -234,7 +236,7 @@ class LeaseRenewal:
             return
         self.unrenewed.set()
         if self.storage.is_shared:
-            self.storage.abandon()  # or calls that wait for an answer would never return
+            self.storage.abandon()  # otherwise calls that wait for an answer would never return
             raise LeaseLost(self.owner.instance, self_fence_s)
 
     async def _let_trees_live(self) -> None:
@@ -243,9 +245,10 @@ class LeaseRenewal:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StatementTrials:
-    """After the recovery, regularly tries the statements on which the work of the service depends.
+    """Regularly runs the most important statements of the service, once the recovery has ended.
 
-    A renewed lease proves little: its row may be readable while others are damaged or locked.
+    A renewed lease proves little: other rows may be damaged or locked although the row of the lease
+    is not.
     """
 
     lease_ttl_s: float
@@ -271,13 +274,13 @@ class StatementTrials:
         )
 
     async def run_trial(self) -> None:
-        """Try the statements once, and report the result to health."""
+        """Run the statements once, and set health by the result."""
         if not self.gate.recovered or self.stop.is_set():
             return
         trials_per_write = (
             RENEWALS_PER_LEASE * LEASES_PER_WRITE_TRIAL if self.storage.is_shared else 1
         )
-        # After a failure every trial writes: a read alone would hide that writes still fail.
+        # After a failure every trial writes: a read alone would not notice that writes still fail.
         writes = bool(self._failures) or self._trials % trials_per_write == 0
         failure = await self._failed_statement(writes=writes)
         self._trials += 1
@@ -288,12 +291,12 @@ class StatementTrials:
         self.health.note("statements", answers=self._failures < FAILURES_IN_A_ROW)
 
     async def _failed_statement(self, *, writes: bool) -> dict[str, str] | None:
-        """Try the statements; return the log fields of a failure, or None if all answered."""
+        """Run the statements; return the log fields of a failure, or None if all succeeded."""
         try:
             await self._try_reads()
             if writes:
                 await self._try_write()
-        except Exception as error:  # noqa: BLE001 - the work meets the same error, whatever it is
+        except Exception as error:  # noqa: BLE001 - any error here would also hit the service's own statements
             return error_facts(error)
         failing_s = self.lease_ttl_s / RENEWALS_PER_LEASE
         return {"error": "take_next"} if self.dispatcher.failing_s >= failing_s else None
@@ -306,7 +309,7 @@ class StatementTrials:
 
     async def _try_write(self) -> None:
         is_shared = self.storage.is_shared
-        # SQLite has one thread that writes. On PostgreSQL a connection may hang.
+        # On PostgreSQL a connection can hang. SQLite's one writer thread has its own limits.
         async with asyncio.timeout(self.lease_ttl_s if is_shared else None):
             await (self.storage.run_trial if is_shared else self.storage.write_own)(
                 trial.try_create_and_take,
@@ -320,14 +323,14 @@ class StatementTrials:
 def file_watch(demand_in_place: Callable[[], None], stop: StopSignal) -> PeriodicTask:
     """Return the loop that stops the service once a lock or a file of the store is lost.
 
-    Each check has a thread of its own: a file system that hangs (NFS, FUSE) must not block the
-    event loop. Only one check runs at a time. A check without an answer proves nothing.
+    Each check runs in its own thread: a file system that hangs (NFS, FUSE) must not block the event
+    loop. Only one check runs at a time. A check without an answer does not stop the service.
     """
 
     async def check() -> None:
         try:
             check = asyncio.wrap_future(daemon_threads.start(demand_in_place))
-        except RuntimeError as error:  # the system refuses a thread now
+        except RuntimeError as error:  # the system refuses a thread
             log.warning("service.files_not_seen", error=str(error))
             return
         answered, _ = await asyncio.wait({check}, timeout=FILE_CHECK_TIMEOUT_S)
@@ -335,7 +338,7 @@ def file_watch(demand_in_place: Callable[[], None], stop: StopSignal) -> Periodi
             log.warning("service.files_not_seen", error="no answer")
         try:
             await check
-        except OSError as error:  # renewals meet the error too, and health says NOT_SERVING
+        except OSError as error:  # renewals fail with it too, and set health to NOT_SERVING
             log.warning("service.files_not_seen", error=error.strerror)
 
     return PeriodicTask(
@@ -350,7 +353,7 @@ def file_watch(demand_in_place: Callable[[], None], stop: StopSignal) -> Periodi
 
 
 def shared_poll(storage: Storage, stop: StopSignal) -> PeriodicTask:
-    """Return the loop that polls for the changes of other instances in a shared store."""
+    """Return the loop that polls a shared store for changes by other instances."""
     return PeriodicTask(
         name="shared-poll",
         step=storage.poll_shared,
@@ -362,7 +365,7 @@ def shared_poll(storage: Storage, stop: StopSignal) -> PeriodicTask:
 
 
 def notice_loops(notices: PeerNotices, stop: StopSignal) -> list[PeriodicTask]:
-    """Return the loops that send hints to other instances, and hear theirs."""
+    """Return the loops that send hints to other instances, and receive hints from them."""
     return [
         PeriodicTask(
             name="peer-notices",
@@ -411,13 +414,13 @@ class Ownership:
             task.add_done_callback(self.stop.task_ended)
 
     async def stop_tasks(self) -> None:
-        """Stop all loops: the lease is no longer renewed."""
+        """Stop all loops, so that the lease is no longer renewed."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def resign(self) -> None:
-        """Give the lease up, so that the next start need not wait for its end."""
+        """Release the lease, so that the next start need not wait until it ends."""
         stopped_us = await self.storage.write(instances.resign, self.owner)
         if self.lease.note is not None and stopped_us is not None:
             await self.lease.note.keep_stop(stopped_us)

@@ -15,13 +15,14 @@ from typing import Final
 from runrecovery_service.domain.start_errors import DataDirRefused
 
 SQLITE_PATH_BYTES: Final = 500
-"""SQLite refuses a path of 512 bytes. A new database has the longest one: `….new-journal`."""
+"""SQLite refuses a path of 512 bytes or more. The limit leaves room for the longest suffix,
+`.new-journal`."""
 GROWTH_BYTES: Final = 64 * 1024**2
-"""The room that a limit on file sizes must leave for the database."""
+"""Bytes by which the database must be able to grow under the limit on file sizes."""
 
 
 def shown(path: Path) -> str:
-    """Return a path for people, with escapes for bytes that are not UTF-8."""
+    """Return a path as text for people, with escapes for bytes that are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -62,7 +63,7 @@ def _directory_problem(path: Path) -> str | None:
 def _making_problem(path: Path) -> str | None:
     parent = next(parent for parent in path.parents if os.path.lexists(parent))
     if reason := _dangling_problem(parent) or _access_problem(parent, os.W_OK | os.X_OK):
-        return f"cannot be made: {shown(parent)} {reason}"
+        return f"cannot be created: {shown(parent)} {reason}"
     return None
 
 
@@ -95,7 +96,8 @@ def others_who_may_write(path: Path) -> str | None:
 def database_problem(path: Path, data_dir: Path) -> str | None:
     """Return why a SQLite store cannot be opened or created at an absolute path; None if it can.
 
-    A start creates the data directory first if that does not exist.
+    A database in a data directory that does not exist yet is no problem: a start creates the
+    directory first.
     """
     try:
         if reason := _text_problem(path) or _length_problem(path):
@@ -137,7 +139,7 @@ def _file_problem(path: Path) -> str | None:
 
 
 def _companion_problem(path: Path) -> str | None:
-    """Return why a file beside a database, without which it cannot be used, cannot be used."""
+    """Return why a file that belongs to the database is not accessible; None if all are."""
     for suffix in ("-wal", "-shm", ".installed"):
         companion = Path(os.path.realpath(path) + suffix)
         if companion.exists() and (reason := _access_problem(companion, os.R_OK | os.W_OK)):
@@ -155,7 +157,7 @@ def _size_limit_problem(size: int) -> str | None:
     )
 
 
-# -- both --------------------------------------------------------------------------------------
+# -- data directory and SQLite file ------------------------------------------------------------
 
 
 def _text_problem(path: Path) -> str | None:

@@ -33,11 +33,11 @@ RECOVERY_BACKOFF_MOST_S: Final = 30.0
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RecoveryRunner:
-    """The recovery of this start, with its retries, and the recovery of a planned stop.
+    """Runs the recovery of this start until it succeeds, and the recovery of a planned stop.
 
     Attributes:
         hand_over: hands runs over at a planned stop; None: there are no peers.
-        tries: failed recoveries after which the service ends.
+        tries: how many recoveries in a row may fail before the service ends.
     """
 
     storage: Storage
@@ -51,7 +51,7 @@ class RecoveryRunner:
     backoff: Backoff
 
     async def report_containment(self, policy: ContainmentPolicy) -> None:
-        """Log what the probe proved. Policy `strict` stops a start for which that is too little."""
+        """Log the proved level of containment. With policy `strict` a low level stops the start."""
         probe = self.status.probe
         if probe is None:
             return
@@ -65,7 +65,7 @@ class RecoveryRunner:
             self.stop.fail(ContainmentRefused(reason))
 
     async def recover(self) -> Reconciliation | None:
-        """Recover, and return the report; None if the service is to stop instead."""
+        """Recover with retries, and return the report; None if the service is stopping."""
         for tries_left in reversed(range(self.tries)):
             if self.stop.is_set():
                 return None
@@ -99,8 +99,9 @@ class RecoveryRunner:
     async def decide_at_stop(self) -> None:
         """Decide on every run, as the next start would.
 
-        Runs that peers can continue are handed over twice: before the decisions, which fail a
-        queued run whose policy is FAIL; and after them, because they queue runs.
+        Runs that peers can continue are handed over before and after the decisions. Before, because
+        the decisions fail a queued run whose policy is FAIL. After, because the decisions queue
+        further runs.
         """
         await self.storage.run_exclusive(self._decide_at_stop)
 

@@ -1,4 +1,4 @@
-"""Reloads the configuration of a running service. A configuration is refused as a whole."""
+"""Reloads the configuration of a running service, either completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from runrecovery_service.systemd import SystemdNotifier
 log = structlog.get_logger()
 
 READ_S: Final = 30.0
-"""How long the files may take to answer, of the configuration, the tokens and the certificates."""
+"""Time limit for reading the files of the configuration, the tokens and the certificates."""
 
 Apply: TypeAlias = Callable[[], None]
-"""Puts a new part in the place of the old one. It neither blocks nor fails."""
+"""Replaces a part of the service by a prepared one. Neither blocks nor fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,10 @@ class ReloadablePart:
 
     Attributes:
         key: the key in `Settings` and in `config.reloading.RELOADABLE`.
-        prepare: builds the new part without any effect, in a thread that may block. It returns what
-            puts the part in place, None if the part stays, or raises ConfigError.
-        has_files: `prepare` is called although the key is the same, because its files may differ.
+        prepare: builds the new part without any effect, in a thread that may block. It returns the
+            function that puts the part in place; None if the part stays. It may raise ConfigError.
+        has_files: `prepare` is called even if the key is unchanged, because its files may have
+            changed.
     """
 
     key: str
@@ -48,7 +49,7 @@ class _Prepared:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Reloader:
-    """Reloads when it is requested to. Requests during a reload lead to one more.
+    """Reloads on request. Requests that arrive during a reload lead to one more reload.
 
     Attributes:
         settings: the present settings.
@@ -68,7 +69,7 @@ class Reloader:
             raise LookupError("each key of config.reloading.RELOADABLE needs one part")
 
     def request(self) -> bool:
-        """Request a reload; return False if the service is stopping, so that it will not reload."""
+        """Request a reload; return False if the service is stopping and will not reload."""
         self._requested.set()
         return not self._is_stopped
 
@@ -91,13 +92,13 @@ class Reloader:
             is_done = False
             try:
                 is_done = await self.reload()
-            except Exception:  # the edge of this task: later requests must be carried out
+            except Exception:  # the task must survive, to carry out later requests
                 log.exception("service.reload_failed")
             finally:
                 self.systemd.end_reload(refused=not is_done)
 
     async def reload(self) -> bool:
-        """Read the configuration, and put all changes in place at once; return False if refused."""
+        """Read the configuration, and put all changes in place; return False if it is refused."""
         try:
             prepared = await daemon_threads.run_within(READ_S, self._prepare)
         except ConfigError as error:
@@ -109,7 +110,7 @@ class Reloader:
             return False
         failed = self._apply(prepared)
         plan = prepared.plan
-        # A part that failed differs at the next reload too, and is tried again.
+        # A part that failed keeps its old setting, so that the next reload tries it again.
         left = {key: getattr(self.settings, key) for key in failed}
         self.settings = replace(plan.settings, **left)
         if failed:
@@ -122,7 +123,7 @@ class Reloader:
         return True
 
     def _apply(self, prepared: _Prepared) -> list[str]:
-        """Put all changes in place, without an await: no call sees half of it.
+        """Put all changes in place, without an await: no call sees only some of them.
 
         Returns:
             The keys of the parts that failed.
@@ -131,7 +132,7 @@ class Reloader:
         for key, apply in prepared.changes.items():
             try:
                 apply()
-            except Exception:  # a defect, which must not keep the other parts from being replaced
+            except Exception:  # a defect, which must not prevent the changes of other parts
                 log.exception("service.reload_failed", part=key)
                 failed.append(key)
         return failed

@@ -9,10 +9,10 @@ from runrecovery_service.domain.start_errors import ThreadsRefused
 
 
 def start_thread(do: Callable[[], object], name: str) -> threading.Thread:
-    """Run `do` in a thread that does not keep the process from ending, and return the thread.
+    """Run `do` in a daemon thread, and return the thread.
 
     Raises:
-        ThreadsRefused: the system has none (pids.max, ulimit -u, memory).
+        ThreadsRefused: the system refuses a thread (pids.max, ulimit -u, memory).
     """
     thread = threading.Thread(target=do, name=name, daemon=True)
     try:

@@ -1,4 +1,4 @@
-"""Copies the folders of runs beside a backup of their database, also while agents work in them."""
+"""Copies the folders of runs next to a backup of their database, even while agents run in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runrecovery_service.process.safe_open import open_regular
 
 
 def runs_copy_of(destination: Path) -> Path:
-    """Return where the folders of runs go, beside the copy of the database."""
+    """Return the folder for the copied folders of runs: next to the copy of the database."""
     return destination.with_name(f"{destination.name}.runs")
 
 
@@ -24,9 +24,9 @@ class RunsCopy:
     """A copy of the folders of runs.
 
     Attributes:
-        changed: the keys of runs of which something was removed while it was copied.
-        folders: how many runs have a folder.
-        size: the bytes of the files.
+        changed: the keys of runs whose folder lost a file while it was being copied.
+        folders: how many run folders the copy has.
+        size: the total bytes of the copied files.
     """
 
     source: Path
@@ -36,11 +36,11 @@ class RunsCopy:
     size: int = 0
 
     def begin(self) -> None:
-        """Make the empty folder of the copy.
+        """Create the empty folder of the copy.
 
         Raises:
-            BackupRefused: the name exists, or is in the folder that is to be copied.
-            DataDirRefused: the folder cannot be made.
+            BackupRefused: the destination exists, or lies in the folder that is to be copied.
+            DataDirRefused: the folder cannot be created.
         """
         inside = self.destination.resolve().is_relative_to(self.source.resolve())
         if inside:
@@ -51,11 +51,11 @@ class RunsCopy:
             reason = "exists; a backup overwrites nothing"
             raise BackupRefused(str(self.destination), reason) from error
         except OSError as error:
-            reason = error.strerror or "cannot be made"
+            reason = error.strerror or "cannot be created"
             raise DataDirRefused(str(self.destination), reason) from error
 
     def copy(self, keys: Iterable[int]) -> None:
-        """Copy the folders of these runs, and the id of their database.
+        """Copy the folders of these runs, and the file with the id of their database.
 
         Raises:
             DataDirRefused: a file cannot be read, or its copy cannot be written.
@@ -84,7 +84,7 @@ class RunsCopy:
             try:
                 made.append((target, source.lstat()))
                 entries = list(os.scandir(source))
-            except (FileNotFoundError, NotADirectoryError):  # an agent removed or replaced it
+            except (FileNotFoundError, NotADirectoryError):  # an agent has removed or replaced it
                 self.changed.add(key)
                 continue
             target.mkdir(mode=0o700)
@@ -96,12 +96,12 @@ class RunsCopy:
                         self._copy_file(Path(entry), target / entry.name)
                 except FileNotFoundError:
                     self.changed.add(key)
-        for target, facts in reversed(made):  # last: a folder may be closed for writing
+        for target, facts in reversed(made):  # set last, because a folder may be read-only
             if target.exists():
                 _copy_times_and_mode(target, facts)
 
     def _copy_file(self, source: Path, target: Path) -> None:
-        """Copy a file or a link. A pipe or a socket is nothing without its process."""
+        """Copy a file or a link. Skip pipes and sockets: they are useless without their process."""
         facts = source.lstat()
         if stat.S_ISLNK(facts.st_mode):
             target.symlink_to(source.readlink())

@@ -1,8 +1,8 @@
 """The interface of tracing: `Tracer` and `Span`, without any tracing library.
 
-An object that reports spans gets a `Tracer`, or None while traces are off. `traces/` implements
-both and sends spans to a collector. No span has an input, an output, a reply, a session handle or
-a token.
+An object that reports spans gets a `Tracer`, or None if traces are off. `traces/` implements both
+protocols and sends spans to a collector. No span contains an input, an output, a reply, a session
+handle or a token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Facts: TypeAlias = Mapping[str, str | int | float | bool]
 
 NO_FACTS: Final[Facts] = {}
 TURN: Final = "turn"
-"""The name of the span of a turn. Recovery ends the span if the service died during the turn."""
+"""The name of a turn's span. If the service dies during the turn, recovery ends the span."""
 
 
 class SpanKind(Enum):
@@ -27,7 +27,7 @@ class SpanKind(Enum):
 
 
 class Span(Protocol):
-    """The record of one piece of work under way."""
+    """One operation under way."""
 
     @property
     def traceparent(self) -> str | None:
@@ -60,14 +60,14 @@ class Tracer(Protocol):
 
         Args:
             parent: a W3C `traceparent`; None: the span begins a trace.
-            started_at: None: now.
+            started_at: when the operation began; None: now.
             key: determines the ids of the span, so that another process can report the same span.
-                It may be a secret: only a digest is sent. None: random ids.
+                The key may be secret, because only a digest is sent. None: random ids.
         """
         ...
 
     async def stop(self) -> None:
-        """Send the spans that have ended, for a bounded time."""
+        """Send the spans that have ended; drop those left after a time limit."""
         ...
 
 

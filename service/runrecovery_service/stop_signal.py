@@ -1,4 +1,4 @@
-"""The one signal that stops the service. It is made before every object that may give it."""
+"""The one object through which any part of the service requests its stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = structlog.get_logger()
 class StopSignal:
     """Records that the service is to stop, and the error that stops it.
 
-    Everything but `is_set` belongs to the event loop.
+    Only `is_set` may be called outside the event loop's thread.
     """
 
     def __init__(self) -> None:
@@ -22,12 +22,12 @@ class StopSignal:
         self._failure: Exception | None = None
 
     def is_set(self) -> bool:
-        """Return whether a stop was requested. May be called on any thread."""
+        """Return whether a stop was requested. Any thread may call this."""
         return self._event.is_set()
 
     @property
     def failure(self) -> Exception | None:
-        """The first error that stopped the service; None: no stop yet, or an ordinary one."""
+        """The error that stopped the service; None: no stop yet, or a stop without an error."""
         return self._failure
 
     def request(self) -> None:
@@ -35,19 +35,19 @@ class StopSignal:
         self._event.set()
 
     def fail(self, error: Exception) -> None:
-        """Stop the service because of an error; the first error is kept."""
+        """Stop the service because of an error. If several errors come, the first is kept."""
         self._failure = self._failure or error
         self._event.set()
 
     def task_ended(self, task: asyncio.Task[None]) -> None:
-        """Stop the service if a task has failed. Add this as a done callback of the task."""
+        """Stop the service if the task has failed. To be added as a done callback of the task."""
         error = None if task.cancelled() else task.exception()
         if isinstance(error, Exception):
             log.error("service.defect", exc_info=error)
             self.fail(error)
 
     async def wait(self) -> None:
-        """Return once a stop was requested."""
+        """Wait until a stop is requested."""
         await self._event.wait()
 
     async def wait_within(self, seconds: float) -> bool:

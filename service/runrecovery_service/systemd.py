@@ -1,6 +1,6 @@
-"""Tells systemd what the service does: when it serves, what it waits for, and that it is alive.
+"""Reports to systemd that the service is alive, what it waits for, and when it serves.
 
-The protocol is that of sd_notify(3): datagrams to the socket that NOTIFY_SOCKET names.
+The protocol is sd_notify(3): datagrams to the socket that NOTIFY_SOCKET names.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ log = structlog.get_logger()
 INTERVAL_S: Final = 5.0
 """The longest pause between two messages."""
 EXTENSION_S: Final = 30.0
-"""After each message a start or a stop may take this much longer, whatever time the unit allows. A
-service that hangs sends no message, and systemd ends it after this time."""
+"""Each message during a start or a stop extends the time limit of systemd by this much. A service
+that hangs sends no message, so systemd ends it after this time."""
 
 _STATUS: Final[Mapping[ServiceState, str]] = {
     ServiceState.RECOVERING: "recovering the runs of earlier starts",
@@ -38,7 +38,7 @@ _STATUS: Final[Mapping[ServiceState, str]] = {
 class SystemdNotifier:
     """Sends the state of the gate at each change, and at least every `INTERVAL_S`.
 
-    The messages come from the event loop, so that systemd's watchdog notices a loop that hangs.
+    The event loop sends the messages, so that systemd's watchdog notices a loop that hangs.
 
     Attributes:
         address: the socket of systemd; empty: no message is sent.
@@ -56,7 +56,7 @@ class SystemdNotifier:
 
     @classmethod
     def from_environment(cls, gate: Gate, environ: Mapping[str, str]) -> Self:
-        """Return the notifier for the variables that systemd has set, if it has."""
+        """Return the notifier that the environment variables of systemd ask for."""
         watchdog_s = None
         if environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
             with suppress(ValueError):
@@ -65,13 +65,13 @@ class SystemdNotifier:
 
     @property
     def _path(self) -> str:
-        """The address in the form of the `socket` module: an abstract one begins with a NUL."""
+        """The address as the `socket` module expects it: an abstract address begins with a NUL."""
         return f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
 
     def start(self) -> None:
-        """Send messages from now on, if systemd waits for them."""
+        """Send messages from now on, if systemd has given an address."""
         if self.address:
-            # Kept open: messages to the watchdog must not stop when no descriptor is left.
+            # Kept open, so that messages to the watchdog continue when no descriptor is left.
             self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._channel.settimeout(0)
             self._task = asyncio.create_task(self._run(), name="systemd")
@@ -86,14 +86,14 @@ class SystemdNotifier:
             self._channel = None
 
     def begin_reload(self) -> None:
-        """Say that the configuration is being reloaded."""
-        # Before the service serves, and at a stop, the unit is in another state than active.
+        """Report to systemd that the configuration is being reloaded."""
+        # Only an active unit may reload, and the unit is active only while the service serves.
         if self._ready and self.gate.state is ServiceState.SERVING:
             now_us = clock_gettime_ns(CLOCK_MONOTONIC) // 1000
             self._send([f"RELOADING=1\nMONOTONIC_USEC={now_us}"])
 
     def end_reload(self, *, refused: bool) -> None:
-        """Say that the reload has ended, and in the status whether it was refused."""
+        """Report that the reload has ended. The status text says so if it was refused."""
         self._reload_refused = refused
         if self._ready and not self.gate.draining:
             self._send([*self.message(), "READY=1"])
@@ -137,7 +137,7 @@ class SystemdNotifier:
             return
         try:
             self._channel.sendto("\n".join(lines).encode(), self._path)
-        except OSError as error:  # systemd may be replaced, or its socket full
+        except OSError as error:  # systemd may be restarting, or its socket may be full
             if not self._failed:
                 log.warning("service.systemd_not_notified", error=error.strerror)
             self._failed = True

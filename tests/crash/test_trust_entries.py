@@ -385,7 +385,7 @@ def test_a_file_that_is_not_mounted_at_a_start_is_cleared_once_it_is(codex: Trus
     service, api = codex.home.start()
 
     (warning,) = api.status().reconciliation.warnings
-    assert warning.startswith(f"trust entries stay: {codex.file}: entries stay on record")
+    assert warning.startswith(f"trust entries stay: {codex.file}: entries stay recorded")
     assert not codex.file.parent.exists()
     assert codex.rows() == 1
     service.kill()

@@ -37,6 +37,7 @@ from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, interactions, runs
 from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
@@ -47,7 +48,8 @@ from support.waiting import until_async
 QUICK = 'read task; echo \'{"type":"result","output":{"done":true}}\''
 DEAF = 'read task; echo \'{"type":"ask","kind":"open_text","prompt":"What?"}\'; exec sleep 60'
 HOLDS = "read task; exec sleep 600"
-# In one run two trees: a child with an empty environment in a session of its own, and its parent.
+# A run with two process trees: a child with an empty environment and a session of its own, and its
+# parent.
 FAMILY = """
 import os, sys, time
 sys.stdin.readline()
@@ -120,7 +122,7 @@ class StoredLaunch:
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Return once `holds` answers true; fail when it does not in time."""
+    """Wait until `holds` returns True; fail after a time limit."""
     await until_async(holds, "it holds")
 
 
@@ -261,6 +263,82 @@ class Execution:
 NewExecution = Callable[..., Awaitable[Execution]]
 
 
+def claimed(db: Database, here: Host, data_dir: Path) -> Owner:
+    """Claim an epoch of the instance `test`."""
+    boot = InstanceStart(
+        instance="test",
+        boot_token="boot",  # noqa: S106 - no secret: it names a start
+        host_id=here.host_id,
+        data_dir=str(data_dir),
+        pid=1,
+    )
+    return instances.claim(db, boot, now=Clock().now())
+
+
+def catalog_of(session_timeout_s: float, more: Sequence[Engine]) -> Catalog:
+    """Return the catalog of `ENGINES` and of further engines."""
+    engines = [
+        Engine(
+            name=name,
+            command=command,
+            profile=profile,
+            env_allow=("PATH",),
+            max_concurrent=None,
+            session_file=None,
+            session_timeout_s=session_timeout_s,
+        )
+        for name, (profile, command) in ENGINES.items()
+    ]
+    return Catalog([*engines, *more])
+
+
+def launcher_of(
+    workspaces: Workspaces,
+    trust: TrustKeeper,
+    threads: SteadyThreadPool,
+    trees_live_s: float,
+) -> Launcher:
+    """Return a launcher without cgroups."""
+    return Launcher(
+        workspaces=workspaces,
+        trust=trust,
+        threads=threads,
+        tree_deadline=TreeDeadline(in_ns(trees_live_s)),
+        cgroups=None,
+        environ=dict(os.environ),
+        cancel_grace_s=0.5,
+    )
+
+
+def queue_of(storage: Storage, owner: Owner, here: Host, catalog: Catalog) -> RunQueue:
+    """Return the queue of an instance on this host."""
+    site = LaunchSite(
+        host_id=here.host_id,
+        boot_id=here.boot_id,
+        pid_namespace=here.pid_namespace,
+        watermark_bits=watermark_bits(),
+    )
+    return RunQueue(storage=storage, owner=owner, clock=Clock(), site=site, catalog=catalog)
+
+
+@asynccontextmanager
+async def running(execution: Execution) -> AsyncIterator[None]:
+    """Run the dispatcher and the deadlines inside the block."""
+    deadlines = Deadlines(
+        storage=execution.storage,
+        owner=execution.owner,
+        clock=Clock(),
+        turns=execution.turns,
+        stop_signal=execution.stop,
+    )
+    execution.dispatcher.start()
+    deadlines.start()
+    yield
+    await deadlines.stop()
+    await execution.straggler_sweep.stop()
+    await execution.dispatcher.stop()
+
+
 @asynccontextmanager
 async def running_execution(
     path: Path,
@@ -271,101 +349,59 @@ async def running_execution(
     session_check_s: float = FAR_S,
 ) -> AsyncIterator[Execution]:
     """Open a store below `path`, and run a dispatcher on it."""
-    db = open_database("", path)
-    here = Host.here()
-    boot = InstanceStart(
-        instance="test",
-        boot_token="boot",  # noqa: S106 - no secret: it names a start
-        host_id=here.host_id,
-        data_dir=str(path),
-        pid=1,
-    )
-    owner = instances.claim(db, boot, now=Clock().now())
+    db, here, clock, stop = open_database("", path), Host.here(), Clock(), StopSignal()
+    owner = claimed(db, here, path)
     db.close()
     storage = Storage(db)
+    catalog, workspaces = catalog_of(session_timeout_s, more), Workspaces(path / "runs")
+    store = LoopStore(storage, asyncio.get_running_loop())
+    trust = TrustKeeper(host_id=here.host_id, owner=owner, store=store, clock=clock)
+    output = OutputFiles(workspaces, max_bytes=1 << 20)
     with SteadyThreadPool(40, "process") as threads:
-        engines = [
-            Engine(
-                name=name,
-                command=command,
-                profile=profile,
-                env_allow=("PATH",),
-                max_concurrent=None,
-                session_file=None,
-                session_timeout_s=session_timeout_s,
-            )
-            for name, (profile, command) in ENGINES.items()
-        ]
-        catalog, clock, workspaces = Catalog([*engines, *more]), Clock(), Workspaces(path / "runs")
-        output = OutputFiles(workspaces, max_bytes=1 << 20)
-        store = LoopStore(storage, asyncio.get_running_loop())
-        launcher = Launcher(
-            workspaces=workspaces,
-            trust=TrustKeeper(host_id=here.host_id, owner=owner, store=store, clock=clock),
-            threads=threads,
-            tree_deadline=TreeDeadline(in_ns(trees_live_s)),
-            cgroups=None,
-            environ=dict(os.environ),
-            cancel_grace_s=0.5,
-        )
-        stop, turns = StopSignal(), RunningTurns(tree_deadline=launcher.tree_deadline)
-        site = LaunchSite(
-            host_id=here.host_id,
-            boot_id=here.boot_id,
-            pid_namespace=here.pid_namespace,
-            watermark_bits=watermark_bits(),
-        )
-        dispatcher = Dispatcher(
-            queue=RunQueue(storage=storage, owner=owner, clock=clock, site=site, catalog=catalog),
-            supervisors=SupervisorFactory(
-                records=TurnRecordsFactory(
-                    storage=storage, owner=owner, clock=clock, meters=Meters()
-                ),
-                catalog=catalog,
-                launcher=launcher,
-                output=output,
-                sessions=SessionChecker(workspaces=workspaces, timeout_s=session_check_s),
-                exit_grace_s=1.0,
-            ),
+        launcher = launcher_of(workspaces, trust, threads, trees_live_s)
+        turns = RunningTurns(tree_deadline=launcher.tree_deadline)
+        supervisors = SupervisorFactory(
+            records=TurnRecordsFactory(storage=storage, owner=owner, clock=clock, meters=Meters()),
+            catalog=catalog,
             launcher=launcher,
-            turns=turns,
-            capacity=8,
-            stop_signal=stop,
+            output=output,
+            sessions=SessionChecker(workspaces=workspaces, timeout_s=session_check_s),
+            exit_grace_s=1.0,
         )
-        straggler_sweep = StragglerSweep(
-            storage=storage,
-            owner=owner,
-            clock=clock,
-            turns=turns,
-            launcher=launcher,
-            stop_signal=stop,
-        )
-        deadlines = Deadlines(
-            storage=storage, owner=owner, clock=clock, turns=turns, stop_signal=stop
-        )
-        dispatcher.start()
-        deadlines.start()
-        yield Execution(
+        execution = Execution(
             storage=storage,
             owner=owner,
             catalog=catalog,
             launcher=launcher,
             output=output,
             turns=turns,
-            dispatcher=dispatcher,
-            straggler_sweep=straggler_sweep,
+            dispatcher=Dispatcher(
+                queue=queue_of(storage, owner, here, catalog),
+                supervisors=supervisors,
+                launcher=launcher,
+                turns=turns,
+                capacity=8,
+                stop_signal=stop,
+            ),
+            straggler_sweep=StragglerSweep(
+                storage=storage,
+                owner=owner,
+                clock=clock,
+                turns=turns,
+                launcher=launcher,
+                stop_signal=stop,
+            ),
             stop=stop,
         )
-        await deadlines.stop()
-        await straggler_sweep.stop()
-        await dispatcher.stop()
+        async with running(execution):
+            yield execution
         await asyncio.to_thread(storage.close)
     db.close()  # the loop's own connection
 
 
 @pytest_asyncio.fixture
 async def new_execution(tmp_path: Path) -> AsyncIterator[NewExecution]:
-    """Start executions with times and engines of a test; stop them afterwards."""
+    """A function that starts executions with given times and engines; they stop with the test."""
     async with AsyncExitStack() as stack:
         yield lambda **named: stack.enter_async_context(running_execution(tmp_path, **named))
 

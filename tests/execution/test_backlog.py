@@ -1,4 +1,4 @@
-"""The backlog between the task that reads a pipe and the task that parses what was read."""
+"""The backlog between the task that reads a pipe and the task that parses the output."""
 
 from __future__ import annotations
 

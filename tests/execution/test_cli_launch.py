@@ -1,4 +1,4 @@
-"""What a launch of an agent CLI needs: files of its own, and a version that is new enough."""
+"""The launch of an agent CLI gets private files, and demands a new enough version."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_version_that_is_new_enough_is_accepted(tmp_path: Path, text: str) -> 
         ("import sys; print('9.9.9 (Claude Code)', file=sys.stderr)", "--version` reported none"),
     ],
 )
-def test_a_program_that_is_too_old_or_says_no_version_is_not_launched(
+def test_a_program_that_is_too_old_or_reports_no_version_is_not_launched(
     tmp_path: Path, script: str, message: str
 ) -> None:
     with pytest.raises(LaunchFailed, match=message):

@@ -1,4 +1,4 @@
-"""Deadlines are carried out while turns run, each by itself."""
+"""Deadlines are carried out while turns run, each independently of the others."""
 
 from __future__ import annotations
 

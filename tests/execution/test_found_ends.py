@@ -1,4 +1,4 @@
-"""The end of a turn in its kept output: found only if a living process would have ended so."""
+"""The kept output gives an end of a turn only if a living process would have ended the same way."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def attempt(tmp_path: Path) -> Attempt:
 def found(
     attempt: Attempt, events: Sequence[JsonObject | str], dialect: Dialect, **turn: Any
 ) -> Any:
-    """Return the end that is found of a process that printed these events, and exited with 0."""
+    """Return the end that is found for a process that printed these events and exited with 0."""
     attempt.keep(*events)
     attempt.close_output()
     attempt.exit()
@@ -150,7 +150,8 @@ def found(
     return None if end is None else end.end
 
 
-# -- what counts ---------------------------------------------------------------------------------
+# -- outputs with an end
+# ---------------------------------------------------------------------------------
 
 DONE: Final = '{"result": {"a": 1}}'
 ASK: Final = '{"ask_user": {"prompt": "Ship?", "kind": "confirm"}}'
@@ -193,7 +194,9 @@ def test_a_resumed_session_that_is_named_again_is_the_same(
     assert found(attempt, events, dialect, turn=2) == SUCCEEDED
 
 
-def test_a_result_that_quotes_the_handle_hides_it_as_it_would_have(attempt: Attempt) -> None:
+def test_a_result_that_quotes_the_handle_hides_it_as_in_a_living_turn(
+    attempt: Attempt,
+) -> None:
     events = [CODEX_SESSION, *codex(json.dumps({"result": {"id": HIDDEN}}))]
 
     assert found(attempt, events, CODEX) == Succeeded({"id": HIDDEN})
@@ -255,7 +258,7 @@ def deferral(call: str, tool: str = "Bash", given: JsonObject = BASH) -> list[Js
 
 
 def defer_before(attempt: Attempt, *, turn: int, call: str) -> None:
-    """Leave the file with which the hook of a turn notes the call that it has deferred."""
+    """Create the file in which the hook of a turn notes the call that it has deferred."""
     folder = attempt.workspaces.permissions(1, 1)
     folder.mkdir(exist_ok=True)
     (folder / f"{turn}.asked").write_text(call)
@@ -305,7 +308,8 @@ def test_a_question_of_a_run_that_has_reached_its_budget_is_its_last(
     assert (end.end, end.is_last) == (ASKED, is_last)
 
 
-# -- what does not -------------------------------------------------------------------------------
+# -- outputs without an end
+# -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,7 @@ def test_a_question_of_a_run_that_has_reached_its_budget_is_its_last(
         (CLAUDE, [*claude(DONE), {"type": "result", "subtype": "error_during_execution"}]),
     ],
 )
-def test_an_output_that_a_living_process_would_fail_with_has_no_end(
+def test_an_output_with_which_a_living_process_would_fail_has_no_end(
     attempt: Attempt, dialect: Dialect, events: list[JsonObject | str]
 ) -> None:
     assert found(attempt, events, dialect) is None
@@ -337,7 +341,7 @@ def test_an_output_that_a_living_process_would_fail_with_has_no_end(
     ],
     ids=["does not ask", "asks for another tool", "shows the session"],
 )
-def test_a_deferred_call_that_is_no_question_of_ours_has_no_end(
+def test_a_deferred_call_that_the_service_would_not_ask_about_has_no_end(
     attempt: Attempt, dialect: Dialect, events: list[JsonObject | str]
 ) -> None:
     assert found(attempt, events, dialect) is None
@@ -468,7 +472,7 @@ LIVE: Final[dict[str, tuple[str, bool]]] = {
 
 
 @pytest.mark.parametrize("case", LIVE)
-async def test_what_a_living_service_leaves_is_found_as_it_ended(
+async def test_the_output_of_a_real_turn_gives_the_end_that_was_recorded(
     new_execution: NewExecution, case: str
 ) -> None:
     script, is_found = LIVE[case]

@@ -1,4 +1,4 @@
-"""What an agent prints last is read and kept, whatever the parser and the store are doing."""
+"""The last output of an agent is read and kept, even while the parser or the store is busy."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class HeldParser:
             return parse(io, line)
 
         monkeypatch.setattr(AgentIO, "_parse", held)
-        monkeypatch.setattr(agent_io, "LONG_LINE_BYTES", 0)  # in a thread: the loop goes on
+        monkeypatch.setattr(agent_io, "LONG_LINE_BYTES", 0)  # parse in a thread, not in the loop
 
     def go_on(self) -> None:
         self._may_parse.set()
@@ -164,7 +164,7 @@ async def test_an_agent_that_prints_for_ever_waits_in_its_pipe_once_the_backlog_
     run_id = await execution.create("hasty")
 
     async def does_agent_wait() -> bool:
-        # Parts of pages stay empty: a full pipe of 1 MiB holds less.
+        # A full pipe of 1 MiB has fewer bytes, because parts of its pages stay empty.
         return parser.io is not None and bytes_held(parser.io.process.stdout.fileno()) > 1 << 19
 
     await until(does_agent_wait)

@@ -81,13 +81,13 @@ async def test_a_workspace_that_cannot_be_made_for_lack_of_resources_is_made_lat
     run, delays = await run_of(execution)
 
     assert run.status is RunStatus.SUCCEEDED
-    assert delays == ["the workspace cannot be made: Too many open files"]
+    assert delays == ["cannot create the workspace: Too many open files"]
 
 
 async def test_an_agent_that_could_not_be_forked_is_started_by_another_shim(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The launch is on record as RUNNING by then."""
+    """The launch is already recorded as RUNNING."""
     release = twice(lambda: LaunchDelayed("fork"), ShimmedProcess.release)
     monkeypatch.setattr(ShimmedProcess, "release", release)
 
@@ -146,7 +146,7 @@ async def test_a_delayed_launch_that_is_canceled_is_not_started(
 async def test_a_run_whose_cancel_came_before_its_turn_was_known_never_starts(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The turn is taken and canceled in one commit, so the cancel is only on record."""
+    """The turn is taken and canceled in one commit, so only the store has the cancel."""
     take, release = turn_starts.take_next, ShimmedProcess.release
     released: list[ShimmedProcess] = []
 

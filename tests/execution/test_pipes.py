@@ -1,4 +1,4 @@
-"""Writes to a pipe are known to be read or never to be."""
+"""The service learns whether data in a pipe was read, or can never be read."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ async def test_a_queue_that_cannot_be_written_is_tried_once_after_each_change_an
                 return len(tries) >= so_often
 
             await until(has_tried)
-        for _ in range(MANY):  # time enough for a loop that would wake itself
+        for _ in range(MANY):  # enough time for a loop that would wake itself
             await execution.storage.read(lambda db: db.fetch_one("SELECT 1"))
 
     assert len(tries) == 5

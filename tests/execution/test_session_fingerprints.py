@@ -1,4 +1,4 @@
-"""A question has the fingerprint that its session file had once its processes had ended."""
+"""A question has the fingerprint of its session file after the processes have ended."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ AGENT: Final = (sys.executable, "-I", "-S", str(AGENTS / "asks_and_writes_on.py"
 
 
 def writer(home: Path, sessions: CliSessions | None = None, **more: Any) -> Engine:
-    """Return an engine with sessions of Claude Code; `sessions` are where to search for them."""
+    """Return an engine with sessions of Claude Code; `sessions` is the place to search for them."""
     return Engine(
         name="writer",
         command=(*AGENT, str(home)),
@@ -64,9 +64,9 @@ class Hanging:
         yield from ()
 
 
-def not_seen(told: Sequence[Mapping[str, Any]]) -> list[str]:
+def not_seen(logged: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the reasons of the warnings that a session was not found."""
-    return [line["reason"] for line in told if line["event"] == "execution.session_not_seen"]
+    return [line["reason"] for line in logged if line["event"] == "execution.session_not_seen"]
 
 
 async def test_the_fingerprint_is_taken_after_the_whole_tree_has_ended(
@@ -117,10 +117,10 @@ async def test_a_session_that_was_never_found_is_logged_once_and_resumed(
     sessions = sessions_of("claude", {"CLAUDE_CONFIG_DIR": str(looked_at)})
     execution = await new_execution(more=[writer(tmp_path / "cli", sessions)])
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         run_id = await execution.create("writer")
         await execution.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
-        assert not_seen(told) == ["missing"]
+        assert not_seen(logged) == ["missing"]
         await execution.reply(run_id, "there")
         ended = await execution.until(run_id, lambda run: run.turn == 2 and run.status in ENDS)
 
@@ -132,7 +132,7 @@ async def test_a_session_that_was_found_and_is_gone_is_not_resumed(
     new_execution: NewExecution, tmp_path: Path
 ) -> None:
     execution = await new_execution(more=[writer(tmp_path / "cli")])
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         run_id = await execution.create("writer")
         await execution.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
     (file,) = (tmp_path / "cli").rglob("*.jsonl")
@@ -141,20 +141,20 @@ async def test_a_session_that_was_found_and_is_gone_is_not_resumed(
     await execution.reply(run_id, "there")
     ended = await execution.until_ended(run_id)
 
-    assert not_seen(told) == []
+    assert not_seen(logged) == []
     assert ended.error is not None
     assert ended.error.code == "SESSION_RESUME_FAILED"
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
-async def test_a_file_system_that_does_not_answer_holds_up_no_turn(
+async def test_a_file_system_that_does_not_answer_delays_no_turn(
     new_execution: NewExecution, tmp_path: Path, unknown: UnknownSession
 ) -> None:
     hanging = Hanging(tmp_path / "cli")
     engine = writer(tmp_path / "cli", hanging.sessions, unknown_session=unknown)
     execution = await new_execution(more=[engine], session_check_s=0.05)
     try:
-        with structlog.testing.capture_logs() as told:
+        with structlog.testing.capture_logs() as logged:
             run_id = await execution.create("writer")
             asked = await execution.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
             assert asked.error is None
@@ -164,7 +164,7 @@ async def test_a_file_system_that_does_not_answer_holds_up_no_turn(
     finally:
         hanging.released.set()
 
-    assert not_seen(told)[:2] == ["not_answered", "not_answered"]
+    assert not_seen(logged)[:2] == ["not_answered", "not_answered"]
     assert hanging.looks
     assert all(hanging.looks)
     refused = ended.error is not None and ended.error.code == "SESSION_RESUME_FAILED"
@@ -181,9 +181,9 @@ async def test_a_session_file_that_may_still_be_written_gets_no_fingerprint(
     monkeypatch.setattr(launcher, "end_trees", stuck)
     execution = await new_execution(more=[writer(tmp_path / "cli")])
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         run_id = await execution.create("writer")
         await execution.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
 
-    assert not_seen(told) == ["not_ended"]
+    assert not_seen(logged) == ["not_ended"]
     assert (await execution.storage.read_row(reopening.find_candidate, run_id)).mark is None

@@ -1,4 +1,4 @@
-"""At the end of a turn the service knows which calls of its model the session has."""
+"""At the end of a turn the service counts the model calls in the session file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_a_turn_that_is_ended_by_a_cancel_has_the_calls_in_its_session(
     assert [(event.kind, event.usage) for event in found][-1] == (RunEventKind.CANCELED, ONE_CALL)
 
 
-async def test_a_question_records_what_its_session_has_for_the_next_turn(
+async def test_a_question_records_the_usage_of_its_session_for_the_next_turn(
     new_execution: NewExecution, tmp_path: Path
 ) -> None:
     execution = await new_execution(more=[codex(tmp_path / "cli")])

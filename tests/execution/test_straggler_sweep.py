@@ -23,7 +23,7 @@ from .conftest import Execution, NewExecution, StoredLaunch
 SHORT_S = 2.5
 """A tree deadline that tests wait for, long enough for their steps on a busy machine."""
 
-# A shim that may not be waited for is reaped by the next launch.
+# The shim of a launch that could not be ended is reaped by the next launch.
 LEFT_ALONE = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 
 
@@ -43,7 +43,7 @@ def straggler(launch: StoredLaunch) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def not_at_first(use: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `end_trees` so that its first call ends nothing, and says so."""
+    """Wrap `end_trees` so that its first call ends nothing, and reports that."""
     left = [1]
 
     def call(launches: Any, **named: Any) -> Any:
@@ -109,7 +109,7 @@ async def test_the_sweep_frees_a_run_that_waits_for_a_tree_that_could_not_be_end
     run_id = await execution.create("holds", policy=RestartPolicy.REQUEUE)
     run = await execution.until(run_id, lambda run: run.attempt == 1 and run.status == "QUEUED")
     execution.heartbeat(60)
-    await execution.until_ended(await execution.create("quick"))  # the queue goes on without it
+    await execution.until_ended(await execution.create("quick"))  # the queue continues
     held_back = [await execution.get(run_id), (await execution.launch(run_id)).state]
 
     await execution.straggler_sweep.sweep()

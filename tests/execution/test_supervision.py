@@ -333,14 +333,14 @@ async def test_a_launch_that_a_stop_cuts_off_leaves_no_process(
     launch = await execution.launch(run_id)
 
     stopping = asyncio.create_task(execution.dispatcher.stop())
-    # Less than the 30 s after which the step would give up by itself.
+    # Less than the 30 s after which the step would fail by itself.
     most_s = 0.5 if step in {"prepare", "release"} else 25.0
     stopped, _ = await asyncio.wait([stopping], timeout=most_s)
     waits_for_the_step = not stopped
     go_on.set()
     await stopping
 
-    # The stop must know the processes that a thread is making, to end them.
+    # The stop must know the processes that a thread is creating, to end them.
     assert waits_for_the_step is (step in {"prepare", "release"})
     assert execution.dispatcher.slots_in_use == 0
     assert launch.tree() == []

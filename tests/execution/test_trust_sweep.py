@@ -50,7 +50,7 @@ class FakeTrustKeeper:
 
 @pytest.fixture
 def sweep_of() -> Iterator[Callable[[FakeTrustKeeper], TrustSweep]]:
-    """Make sweeps that use a fake keeper."""
+    """A function that creates sweeps with a fake keeper."""
     with SteadyThreadPool(1, "trust") as threads:
 
         def make(keeper: Any) -> TrustSweep:
@@ -70,7 +70,7 @@ async def test_a_broken_file_is_retried_with_growing_pauses_and_logged_once(
     sweep.time = lambda: now[0]
     looks = []
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         for _ in range(300):
             before = len(keeper.cleared)
             await sweep.sweep()
@@ -79,7 +79,7 @@ async def test_a_broken_file_is_retried_with_growing_pauses_and_logged_once(
             now[0] += 1.0
 
     assert looks == [0.0, 4.0, 12.0, 28.0, 60.0, 120.0, 180.0, 240.0]
-    assert [line["event"] for line in told] == ["trust.entry_kept"]
+    assert [line["event"] for line in logged] == ["trust.entry_kept"]
 
 
 async def test_kept_entries_are_logged_and_delay_no_other_in_their_file(
@@ -88,11 +88,11 @@ async def test_kept_entries_are_logged_and_delay_no_other_in_their_file(
     keeper = FakeTrustKeeper(stale=["/f"], away={"/f": ("one", "two", LEFT)})
     sweep = sweep_of(keeper)
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         await sweep.sweep()
         await sweep.sweep()
 
-    assert [line["reason"] for line in told] == ["one", "two"]
+    assert [line["reason"] for line in logged] == ["one", "two"]
     assert keeper.stale == []
 
 
@@ -129,14 +129,14 @@ async def test_a_repaired_file_is_logged_again_when_it_breaks_again(
     keeper = FakeTrustKeeper(stale=["/f"], broken={"/f"})
     sweep = sweep_of(keeper)
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         await sweep.sweep()
-        keeper.stale.clear()  # somebody else took it out
+        keeper.stale.clear()  # someone else has removed the entry
         await sweep.sweep()
         keeper.stale.append("/f")
         await sweep.sweep()
 
-    assert [line["event"] for line in told] == ["trust.entry_kept"] * 2
+    assert [line["event"] for line in logged] == ["trust.entry_kept"] * 2
 
 
 async def test_the_sweep_continues_after_a_failure(
@@ -156,9 +156,9 @@ async def test_the_sweep_continues_after_a_failure(
     async def cleared() -> bool:
         return not keeper.stale
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         sweep.start()
         await until(cleared)
         await sweep.stop()
 
-    assert [line["event"] for line in told] == ["trust.sweep_failed"]
+    assert [line["event"] for line in logged] == ["trust.sweep_failed"]

@@ -42,8 +42,8 @@ async def trusting(tmp_path: Path) -> AsyncIterator[Execution]:
 @pytest.fixture
 def events() -> Iterator[list[Any]]:
     """The logged events."""
-    with structlog.testing.capture_logs() as told:
-        yield told
+    with structlog.testing.capture_logs() as logged:
+        yield logged
 
 
 def count(events: list[Any], event: str) -> int:
@@ -58,7 +58,7 @@ def adding(
 
 
 def wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let launches wait for a lock that is never free; return a list of those that wait."""
+    """Make launches wait for a lock that is never free; return the list of waiting launches."""
     begun: list[str] = []
 
     def do(pause: Callable[[float], object]) -> None:
@@ -170,4 +170,4 @@ async def test_a_stop_ends_the_wait_for_a_trust_file(
     async with asyncio.timeout(BOUND_S):
         await trusting.dispatcher.detach()
 
-    assert (await trusting.get(run_id)).status is RunStatus.RUNNING  # as it is on record
+    assert (await trusting.get(run_id)).status is RunStatus.RUNNING  # unchanged

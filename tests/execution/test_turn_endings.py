@@ -135,7 +135,7 @@ BAD_RETRY: Final[JsonObject] = {"type": "system", "subtype": "api_retry", "error
 async def test_a_text_that_cannot_be_stored_does_not_keep_a_run_alive(
     new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch, *, is_mended: bool
 ) -> None:
-    if not is_mended:  # so that the store refuses the text
+    if not is_mended:  # the store then refuses the text
         monkeypatch.setattr(cli_dialect, "storable", lambda text: text)
     script = say(BAD_RETRY, *claude_turn(DONE))
 
@@ -188,7 +188,7 @@ async def test_a_result_after_a_question_ends_the_run(
 async def test_an_interim_result_counts_when_the_cli_exits_in_its_next_turn(
     new_execution: NewExecution, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
-    begun = turn(DONE)[:-1]  # another turn that never ends
+    begun = turn(DONE)[:-1]  # a further turn that never ends
 
     run = await end_of(new_execution, engine(say(named, *turn(INTERIM), *begun), cli))
 
@@ -248,11 +248,11 @@ TASKS: Final[dict[str, tuple[JsonObject, JsonObject]]] = {
 }
 
 
-@pytest.mark.parametrize("told", ["level", "edges"])
+@pytest.mark.parametrize("reports", ["level", "edges"])
 async def test_claude_is_not_killed_while_its_background_tasks_run(
-    new_execution: NewExecution, told: str
+    new_execution: NewExecution, reports: str
 ) -> None:
-    began, ceased = TASKS[told]
+    began, ceased = TASKS[reports]
     turn: list[JsonObject] = [{"type": "system", "subtype": "init", "session_id": HANDLE}, began]
     script = (
         say(*turn, *claude_turn(INTERIM)[1:]) + "\nsleep 2.5\n" + say(ceased, *claude_turn(ASK))

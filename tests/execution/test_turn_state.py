@@ -1,4 +1,4 @@
-"""What each event of a turn changes, as a table: event in, state and action out."""
+"""A table of what each event of a turn changes: event in, state and action out."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ NEW: Final = TurnState()
 
 Facts = dict[str, Any]
 
-# Before, event, rules; then what has changed, and what is to be done.
+# Columns: state before, event, rules; changed fields, action.
 TABLE: Final[list[tuple[Facts, TurnEvent, TurnRules, Facts, object]]] = [
     # -- messages
     (
@@ -121,7 +121,7 @@ TABLE: Final[list[tuple[Facts, TurnEvent, TurnRules, Facts, object]]] = [
         {"usage_due_s": 1004.0, "last_word": RESULT}, ResultMessage(output={"a": 2}), LAST_COUNTS,
         {"last_word": OTHER}, None,
     ),
-    # -- no number of it falls
+    # -- none of its numbers decreases
     (
         {"used": TurnUsage(turn=Usage(input_tokens=1, output_tokens=3, cost_nanos=7, model="m"))},
         UsageMessage(used=USED), RULES,
@@ -137,7 +137,7 @@ TABLE: Final[list[tuple[Facts, TurnEvent, TurnRules, Facts, object]]] = [
         {"last_word": RESULT, "is_at_work": True}, HOPELESS, RULES,
         {"retries": 1, "stopped": REFUSED}, RecordRetry("m"),
     ),
-    # -- a budget ends a turn that goes on, and never one that is at its end
+    # -- a budget ends a turn that continues, and never a turn that is at its end
     ({"used": USED}, LineRead(None), TIGHT, {"stopped": USED_UP}, None),
     ({"used": USED}, LineRead(None), replace(TIGHT, used_before=None), {}, None),
     (
@@ -274,7 +274,7 @@ def test_every_signal_is_in_the_table() -> None:
         ({"exited": EXIT}, False),  # all output comes before the end
         ({"exited": EXIT, "open_outputs": 1}, False),
         ({"exited": EXIT, "open_outputs": 0}, True),
-        ({"open_outputs": 0}, False),  # it lives on, until its exit is due
+        ({"open_outputs": 0}, False),  # it may live until its exit is due
         ({"last_word": RESULT}, False),
         ({"is_reply_lost": True}, False),
         ({"is_unsupervised": True}, True),

@@ -33,7 +33,7 @@ class Machine:
     pauses: list[float] = field(default_factory=list)
 
     def sweep(self, files: RunFiles | None = None, **policy: Any) -> RetentionSweep:
-        """Make a sweep, as a start does."""
+        """Create a sweep, as a start does."""
 
         async def pause(seconds: float) -> None:
             self.pauses.append(seconds)
@@ -49,7 +49,7 @@ class Machine:
         )
 
     def ended(self, count: int = 1) -> list[Run]:
-        """Make ended runs with files."""
+        """Create ended runs with files."""
         made = [self.store.end(self.store.running(), Succeeded(output={})) for _ in range(count)]
         for run in made:
             workspace = self.runs / str(run.key) / "1" / "workspace"
@@ -59,7 +59,7 @@ class Machine:
         return made
 
     def age(self, seconds: float) -> None:
-        """Let time pass; another run and launch are the newest."""
+        """Let time pass, and add another run and launch, which are the newest."""
         self.store.waiting()
         self.store.advance(seconds)
 

@@ -1,4 +1,4 @@
-"""Files of ended runs are removed, whatever an agent left, and nothing else is."""
+"""All files of ended runs are removed, of whatever kind, and no other files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_whole_run_is_removed_with_all_its_attempts(runs: Path) -> None:
     assert left(kept) == before
 
 
-def test_output_goes_alone_and_the_rest_of_the_run_stays(runs: Path) -> None:
+def test_output_is_removed_alone_and_the_rest_of_the_run_stays(runs: Path) -> None:
     run = make_run(runs)
 
     RunFiles(runs).remove(OUTPUTS, 7)
@@ -65,7 +65,7 @@ def test_output_goes_alone_and_the_rest_of_the_run_stays(runs: Path) -> None:
     ]  # fmt: skip
 
 
-def test_workspaces_go_alone_and_the_output_stays(runs: Path) -> None:
+def test_workspaces_are_removed_alone_and_the_output_stays(runs: Path) -> None:
     run = make_run(runs)
 
     RunFiles(runs).remove(WORKSPACES, 7)
@@ -152,7 +152,7 @@ def test_a_tree_deeper_than_the_stack_and_the_longest_path_is_removed(runs: Path
     assert (empty(runs).problems, left(runs)) == ({}, [".removed"])
 
 
-def test_what_a_crash_left_is_emptied_later(runs: Path) -> None:
+def test_files_that_a_crash_left_are_deleted_later(runs: Path) -> None:
     make_run(runs)
     RunFiles(runs).remove(RUNS, 7)
     stops = iter([False, True])
@@ -162,10 +162,10 @@ def test_what_a_crash_left_is_emptied_later(runs: Path) -> None:
     assert (empty(runs).problems, left(runs)) == ({}, [".removed"])
 
 
-def test_what_the_system_refuses_stays_and_the_rest_goes(
+def test_files_that_the_system_refuses_to_delete_stay_and_all_others_are_deleted(
     runs: Path, mounted: Callable[[Path], Path]
 ) -> None:
-    """A file system that is mounted in a workspace is not the run's."""
+    """A file system that is mounted in a workspace does not belong to the run."""
     foreign = mounted(make_run(runs) / "1" / "workspace" / "mount")
     (foreign / "precious").write_text("x")
 
@@ -181,7 +181,7 @@ def test_what_the_system_refuses_stays_and_the_rest_goes(
 
 @pytest.fixture
 def mounted() -> object:
-    """Mount a small file system; by name skipped where that is not permitted."""
+    """A function that mounts a small file system, or skips the test where that is not permitted."""
     made: list[Path] = []
 
     def mount(place: Path) -> Path:
@@ -211,7 +211,7 @@ def test_folders_of_runs_are_listed_by_key(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("foreign", ["link", "file"])
-def test_what_is_in_the_place_of_the_folder_for_removed_files_is_renamed(
+def test_a_foreign_entry_with_the_name_of_the_folder_for_removed_files_is_renamed(
     runs: Path, tmp_path: Path, foreign: str
 ) -> None:
     make_run(runs)

@@ -1,4 +1,4 @@
-"""An operator prunes at once, or asks what would be pruned."""
+"""An operator prunes at once, or previews a prune."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLICY: dict[str, Any] = {
 
 
 def everything(machine: Machine) -> PruneResult:
-    """Make something old of every kind, and return what a prune removes of it."""
+    """Create old data of every kind, and return the counts that a prune removes."""
     machine.ended(3)
     machine.store.cancel(machine.store.create(with_receipt=receipt("old")))
     for _ in range(3):
@@ -43,8 +43,8 @@ def everything(machine: Machine) -> PruneResult:
     )  # fmt: skip
 
 
-def told(result: PruneResult) -> dict[str, Any]:
-    """Return a result without the kinds of which there is nothing."""
+def without_zeros(result: PruneResult) -> dict[str, Any]:
+    """Return a result without zeros."""
     sizes = {kind: size for kind, size in result.sizes.items() if size}
     return {"counts": dict(result.counts), "sizes": sizes, "oldest": result.oldest_kept}
 
@@ -58,9 +58,11 @@ async def test_a_dry_run_says_what_a_prune_removes_and_removes_nothing(machine: 
     assert (machine.store.dump(), sorted(machine.runs.rglob("*"))) == before
     removed = await pruner.prune(dry_run=False)
 
-    assert told(asked) == told(removed) == told(expected)
+    assert without_zeros(asked) == without_zeros(removed) == without_zeros(expected)
     assert (asked.done, removed.done) == (True, True)
-    assert told(await pruner.prune(dry_run=True))["counts"] == dict.fromkeys(expected.counts, 0)
+    assert without_zeros(await pruner.prune(dry_run=True))["counts"] == dict.fromkeys(
+        expected.counts, 0
+    )
 
 
 async def test_a_dry_run_counts_the_folders_of_unknown_runs(machine: Machine) -> None:
@@ -103,7 +105,7 @@ async def test_a_call_is_bounded_and_says_that_there_is_more(
     assert 0 < found[0].counts[RetentionKind.RUNS] < 5
 
 
-async def test_a_prune_goes_on_when_its_caller_gives_up(machine: Machine) -> None:
+async def test_a_prune_continues_when_its_caller_stops_waiting(machine: Machine) -> None:
     machine.ended(3)
     machine.age(DAY_S)
     sweep = machine.sweep(ended_runs=60.0)

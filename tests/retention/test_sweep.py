@@ -1,4 +1,4 @@
-"""A sweep removes what the policy names, in batches, and converges after a crash at any step."""
+"""A sweep removes in batches what the policy says; a crash at any step leaves no file behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.clock import FakeClock
 from .conftest import DAY_S, Machine
 
 
-async def test_only_what_has_reached_its_age_goes(machine: Machine) -> None:
+async def test_only_runs_that_have_reached_their_age_are_removed(machine: Machine) -> None:
     old = machine.ended(3)
     machine.age(DAY_S)
     young = machine.ended(2)
@@ -36,7 +36,7 @@ async def test_only_what_has_reached_its_age_goes(machine: Machine) -> None:
     assert sweep.totals.swept_at == machine.store.now
 
 
-async def test_the_oldest_of_too_many_go(machine: Machine) -> None:
+async def test_of_too_many_runs_the_oldest_are_removed(machine: Machine) -> None:
     made = machine.ended(5)
     machine.age(retention.SETTLES_S + 1)
 
@@ -69,7 +69,7 @@ async def test_without_a_policy_everything_stays(machine: Machine) -> None:
     assert (machine.store.dump(), len(machine.folders)) == (before, 2)
 
 
-async def test_parts_go_and_their_runs_stay(machine: Machine) -> None:
+async def test_parts_are_removed_and_their_runs_stay(machine: Machine) -> None:
     (run,) = machine.ended()
     machine.age(DAY_S)
 
@@ -146,7 +146,7 @@ async def test_a_kill_at_any_step_leaves_no_file_without_a_row_after_the_next_sw
             await machine.sweep(KilledFiles(machine.runs, at), **POLICY).sweep()
         except Killed:
             kills += 1
-        assert set(machine.folders) <= set(machine.rows)  # rows without files, never files alone
+        assert set(machine.folders) <= set(machine.rows)  # never files without rows
 
         machine.store.restart()
         await machine.sweep(**POLICY).sweep()
@@ -191,12 +191,12 @@ async def test_a_folder_that_stays_keeps_its_row_and_stops_no_other(machine: Mac
 
     sweep = machine.sweep(Refusing(machine.runs), ended_runs=60.0)
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         for _ in range(3):
             await sweep.sweep()
 
     assert machine.rows == machine.folders == [str(made[0].key)]
-    assert [line for line in told if line["event"] == "retention.not_removed"] == [
+    assert [line for line in logged if line["event"] == "retention.not_removed"] == [
         {
             "event": "retention.not_removed", "log_level": "warning",
             "place": f"runs/{made[0].key}", "reason": "Operation not permitted",
@@ -208,7 +208,7 @@ async def test_a_folder_that_stays_keeps_its_row_and_stops_no_other(machine: Mac
 async def test_folders_of_unknown_runs_stay_at_any_age_and_are_reported_once(
     machine: Machine,
 ) -> None:
-    """They belong to a newer state of the store, or to another store: their runs may be alive."""
+    """They may be of a newer state of the store, or of another store, and their runs alive."""
     machine.ended()
     for key in (1001, 1002):
         (machine.runs / str(key) / "1").mkdir(parents=True)
@@ -216,12 +216,12 @@ async def test_folders_of_unknown_runs_stay_at_any_age_and_are_reported_once(
     machine.age(1000 * DAY_S)
     sweep = machine.sweep(ended_runs=DAY_S)
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         for _ in range(2):
             await sweep.sweep()
 
     assert machine.folders == ["1001", "1002"]
-    assert [line for line in told if line["event"] == "retention.unknown_folders"] == [
+    assert [line for line in logged if line["event"] == "retention.unknown_folders"] == [
         {
             "event": "retention.unknown_folders", "log_level": "warning",
             "folders": 2, "examples": ["runs/1001", "runs/1002"],
@@ -238,17 +238,17 @@ async def test_a_folder_whose_name_is_no_key_is_not_of_a_run(machine: Machine, n
     machine.age(2 * DAY_S)
     (machine.runs / name).mkdir()
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         await machine.sweep(ended_runs=DAY_S).sweep()
 
     assert (machine.rows, machine.folders) == ([], [name])
-    assert [line["event"] for line in told] == ["retention.swept"]
+    assert [line["event"] for line in logged] == ["retention.swept"]
 
 
 async def test_readers_of_output_get_the_right_answer_before_the_files_of_a_run_go(
     machine: Machine,
 ) -> None:
-    """A kill between files and rows would else leave runs whose output is empty, without error."""
+    """Otherwise a kill between files and rows would leave runs with an empty output."""
     (run,) = machine.ended()
     machine.age(DAY_S)
     gone: list[bool] = []
@@ -265,7 +265,7 @@ async def test_readers_of_output_get_the_right_answer_before_the_files_of_a_run_
 
 
 async def test_files_whose_move_failed_are_moved_by_the_next_sweep(machine: Machine) -> None:
-    """Until then their callers are told that they are gone."""
+    """Meanwhile callers already get the answer that the files are removed."""
     (run,) = machine.ended()
     machine.age(DAY_S)
     failures = iter([True])
@@ -289,7 +289,7 @@ async def test_files_whose_move_failed_are_moved_by_the_next_sweep(machine: Mach
 async def test_a_run_that_was_kept_loses_its_output_once_nothing_needs_it(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Most sweeps go on after the latest run of the sweep before them."""
+    """Most sweeps continue after the last run of the sweep before them."""
     monkeypatch.setattr(sweep_module, "WHOLE_EVERY", 3)
     kept, _ = machine.ended(2)
     machine.store.set(kept, recovery_state="QUARANTINED")
@@ -306,7 +306,9 @@ async def test_a_run_that_was_kept_loses_its_output_once_nothing_needs_it(
     assert found == [False, False, True]
 
 
-async def test_rows_are_flat_and_nothing_alive_goes_over_many_rounds(machine: Machine) -> None:
+async def test_over_many_rounds_rows_stay_flat_and_no_living_run_is_removed(
+    machine: Machine,
+) -> None:
     waiting = machine.store.waiting()
     sizes: list[int] = []
     sweep = machine.sweep(ended_runs=DAY_S)
@@ -321,7 +323,7 @@ async def test_rows_are_flat_and_nothing_alive_goes_over_many_rounds(machine: Ma
     assert sizes == [sizes[0]] * 4
 
 
-async def test_a_new_sqlite_file_gives_its_free_pages_back(machine: Machine) -> None:
+async def test_a_new_sqlite_file_returns_its_free_pages(machine: Machine) -> None:
     for run in machine.ended(50):
         machine.store.set(run, output="x" * 40_000)
     machine.age(DAY_S)
@@ -335,7 +337,7 @@ async def test_a_new_sqlite_file_gives_its_free_pages_back(machine: Machine) -> 
     assert pages(machine.store.db) < before - 200
 
 
-async def test_a_transaction_gives_back_all_the_pages_that_it_may(machine: Machine) -> None:
+async def test_a_transaction_returns_all_the_pages_that_it_may(machine: Machine) -> None:
     db = machine.store.db
     made = machine.ended(50)
     for size in (40_000, 1):
@@ -350,7 +352,7 @@ async def test_a_transaction_gives_back_all_the_pages_that_it_may(machine: Machi
     assert [give_back(256, 600), give_back(100, 600), give_back(100, 0)] == [256, 356, 357]
 
 
-async def test_pages_are_given_back_for_a_part_of_each_sweep(
+async def test_pages_are_returned_for_a_part_of_each_sweep(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With millions of free pages the next sweep would not come for hours."""

@@ -21,7 +21,7 @@ def check(machine: Machine) -> TimeCheck:
 
 
 async def run_for(time: TimeCheck, seconds: float, *, every_s: float = 600) -> list[bool]:
-    """Check again and again while time passes."""
+    """Repeat the check while time passes."""
     assert isinstance(time.clock, FakeClock)
     found = []
     for _ in range(round(seconds / every_s)):
@@ -44,11 +44,11 @@ async def test_a_clock_that_was_set_ahead_is_not_believed_for_an_hour(machine: M
     assert await time.is_confirmed()
     time.clock.wall += 365 * DAY  # type: ignore[attr-defined]
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as logged:
         found = await run_for(time, 2 * HOUR_S)
 
     assert found == [False] * 6 + [True] * 6
-    assert [line["event"] for line in told] == ["retention.paused", "retention.resumed"]
+    assert [line["event"] for line in logged] == ["retention.paused", "retention.resumed"]
 
 
 async def test_a_clock_that_is_set_right_again_is_believed_at_once(machine: Machine) -> None:
@@ -87,7 +87,7 @@ async def test_a_start_with_a_clock_far_ahead_is_not_believed_either(machine: Ma
 
 
 async def test_a_time_that_was_confirmed_is_known_to_the_next_start(machine: Machine) -> None:
-    """Otherwise a service without new runs would wait at every start."""
+    """Otherwise a service without new runs would wait an hour after every start."""
     machine.ended()
     machine.store.advance(2 * DAY_S)
     await run_for(check(machine), 2 * HOUR_S)
@@ -104,13 +104,13 @@ async def test_a_store_without_ended_runs_has_nothing_to_lose(machine: Machine) 
     assert await check(machine).is_confirmed()
 
 
-async def test_a_sweep_that_comes_by_itself_waits_for_the_time(machine: Machine) -> None:
+async def test_a_regular_sweep_waits_until_the_time_is_confirmed(machine: Machine) -> None:
     machine.ended(2)
     machine.age(5 * DAY_S)
     sweep = machine.sweep(ended_runs=DAY_S)
 
     await sweep._step()
     assert machine.rows == ["1", "2"]
-    await sweep.sweep()  # an operator asked for it
+    await sweep.sweep()  # as an operator requests it
 
     assert machine.rows == []

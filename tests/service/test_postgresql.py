@@ -312,8 +312,8 @@ def test_a_silent_database_at_the_start_is_reported_as_unreachable(
 
     assert service.exit_code() == 6
     assert service.text == (
-        "error: the PostgreSQL database: connection timeout expired; repair what this names, or"
-        " start again\n"
+        "error: the PostgreSQL database: connection timeout expired; correct the cause"
+        " named here, or start again\n"
     )
 
 
@@ -332,7 +332,7 @@ def test_a_connection_that_is_lost_at_the_claim_ends_the_start_with_the_true_rea
     assert service.text == (
         "error: the PostgreSQL database: consuming input failed: server closed the connection"
         " unexpectedly This probably means the server terminated abnormally before or while"
-        " processing the request; repair what this names, or start again\n"
+        " processing the request; correct the cause named here, or start again\n"
     )
     service, _ = home.start()
     assert service.stop() == 0

@@ -81,7 +81,7 @@ def test_a_login_that_is_refused_is_exit_6_and_said_in_one_sentence(
     sentence = (
         "the PostgreSQL database: connection failed: connection to server on socket"
         f' "{server.folder}/.s.PGSQL.5432" failed: {fatal}{words};'
-        " repair what this names, or start again\n"
+        " correct the cause named here, or start again\n"
     )
 
     service = home.spawn()

@@ -92,7 +92,7 @@ def test_an_older_version_is_refused_for_an_instance_whose_runs_a_newer_one_has_
 
     assert service.exit_code() == 4
     assert (
-        "error: the PostgreSQL database: has runs of instance 'default' that a newer version wrote;"
-        " start that one\n"
+        "error: the PostgreSQL database: has runs of instance 'default' of a newer version;"
+        " start that version\n"
     ) in service.text
     assert before == query(home, "SELECT * FROM run")

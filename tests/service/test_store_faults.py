@@ -18,8 +18,8 @@ NewHome = Callable[..., Home]
 PAGE = 4096
 DAMAGED = "the database is damaged; docs/operations.md, *A damaged database*, says how to repair it"
 NOT_WRITTEN = (
-    "the database cannot be written to: the system reports an I/O error; see to the disk, a"
-    " read-only mount, a quota, or a limit on file sizes (ulimit -f)"
+    "the database cannot be written to: the system reports an I/O error; check the disk,"
+    " read-only mounts, quotas, and the limit on file sizes (ulimit -f)"
 )
 
 

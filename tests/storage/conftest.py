@@ -46,7 +46,7 @@ def new_store(
 
 @pytest.fixture
 def host(store: ServiceStore, tmp_path: Path) -> CliHost:
-    """A host whose Codex has a file of the user's."""
+    """A host whose Codex has a configuration file with text of the user."""
     made = CliHost(path=tmp_path / "codex", store=store)
     made.path.mkdir()
     made.file.write_bytes(ORIGINAL)

@@ -1,4 +1,4 @@
-"""Every write of the store, and runs in the situations that the writes are about."""
+"""Every write of the store, and runs in the situations that the writes need."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ENDS = (
 
 
 class Prepared:
-    """Runs in every situation that a write is about; all of it of the first epoch."""
+    """Runs of the first epoch, in every situation that a write needs."""
 
     def __init__(self, store: ServiceStore) -> None:
         self.store = store

@@ -2,8 +2,8 @@
 
     python killed_writer.py DIRECTORY KILLS
 
-In a process of its own, which forks before it has threads. A writer writes a byte into a pipe for
-each acknowledged commit.
+It runs as a separate process, because it must fork before it has threads. A writer writes a byte
+into a pipe for each acknowledged commit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_COMMITS = 40
 SPIN = 20_000
 
 
-def write_until_killed(directory: Path, told: int) -> None:
+def write_until_killed(directory: Path, acknowledged: int) -> None:
     db = open_database("", directory)
     db.watch_files()
     db.execute(f"PRAGMA wal_autocheckpoint = {CHANCE.choice((1, 2, 3, 10, 1000))}")
@@ -31,7 +31,7 @@ def write_until_killed(directory: Path, told: int) -> None:
         with db.transaction():
             key = os.urandom(8).hex()
             db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1, '')", (key,))
-        os.write(told, b".")
+        os.write(acknowledged, b".")
 
 
 def kill_one(directory: Path) -> int:
@@ -67,7 +67,7 @@ def main(directory: Path, kills: int) -> None:
         expected += kill_one(directory)
         with closing(open_database("", directory)) as db:
             ((found,),) = db.fetch_all("SELECT count(*) FROM request_receipt")
-        # The last commit may be durable although the writer could not tell of it.
+        # The last commit may be durable although the writer could not report it.
         assert expected <= found <= expected + 1, (expected, found)
         expected = found
     print(f"{kills} kills survived")

@@ -1,4 +1,4 @@
-"""The store of a service, and short ways to bring its runs into the states that tests need."""
+"""The store of a service, with shortcuts to bring its runs into the states that tests need."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ UNSTABLE = {
     "recovered_at", "ended_at", "updated_at", "owner_epoch", "reconciliation", "quarantined_at",
     "reopenable_until", "reopen_due_us", "facts", "id",
 }  # fmt: skip
-"""Columns in which two recoveries may differ that decide the same."""
+"""Columns that may differ between two recoveries with the same decisions."""
 
 
 def boot(instance: str = "default", **changes: Any) -> InstanceStart:
-    """Return what a start of the service on host `host` claims."""
+    """Return the identity of a start of the service on host `host`."""
     given: dict[str, Any] = {
         "boot_token": "t",
         "host_id": "host",
@@ -121,12 +121,12 @@ class ServiceStore:
     # -- clocks and use cases--------------------------------------------------------------
 
     def tick(self) -> datetime:
-        """Move the clocks on by a second."""
+        """Advance both clocks by a second."""
         self.advance(1)
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Move both clocks on."""
+        """Advance both clocks."""
         self.now += timedelta(seconds=seconds)
         self.steady_us += round(seconds * 1e6)
 
@@ -199,7 +199,7 @@ class ServiceStore:
         )
 
     def running(self, **changes: Any) -> Turn:
-        """Create a run and take it: its launch is on record."""
+        """Create a run and take it, so that its launch is recorded."""
         run = self.create(**changes)
         turn = self.take()
         assert turn is not None
@@ -292,7 +292,7 @@ class ServiceStore:
         return self.scope(key, cause)
 
     def scope(self, reconciliation_key: int = 0, cause: Cause = Cause.STARTUP) -> ApplyScope:
-        """Return which runs a recovery decides: of earlier epochs; a planned stop also its own."""
+        """Return the scope of a recovery: earlier epochs, and for a planned stop its own too."""
         return ApplyScope(
             owner=self.owner,
             before=self.owner.epoch + (cause is Cause.SHUTDOWN),
@@ -311,7 +311,7 @@ class ServiceStore:
         found: Mapping[int, FoundEnd] | None = None,
         counted: Mapping[int, TurnUsage] | None = None,
     ) -> Tally:
-        """Decide every run in scope, in batches of `rows`."""
+        """Decide on every run in scope, in batches of `rows`."""
         scope, tally, after = self.open_report(cause), Tally(), 0
         scope = replace(scope, found=found or {}, counted=counted or {})
         while batch := recovery_apply.next_batch(self.db, scope, after=after, rows=rows):
@@ -322,7 +322,7 @@ class ServiceStore:
         return tally
 
     def recover(self, **named: Any) -> Tally:
-        """Restart and decide every run."""
+        """Restart, and decide on every run."""
         self.restart()
         return self.apply_recovery(**named)
 
@@ -358,7 +358,7 @@ class ServiceStore:
         return {table: self._dump(table) for table in tables or TABLES}
 
     def decided(self) -> dict[str, list[str]]:
-        """Return what recoveries decided, without times and epochs."""
+        """Return the decisions of recoveries, without times and epochs."""
         return {
             table: sorted(
                 str({name: row[name] for name in row if name not in UNSTABLE}) for row in rows
@@ -375,9 +375,10 @@ class ServiceStore:
     # -- concurrency -------------------------------------------------------------------------
 
     def all_at_once(self, uses: Iterable[Callable[[], T]], *, threads: int) -> list[T | Exception]:
-        """Run uses in threads of their own and return results and errors in order.
+        """Run use cases concurrently, and return their results and errors in order.
 
-        SQLite has one writer thread by design; PostgreSQL as many as there are.
+        On SQLite one thread runs them all, as in the service. On PostgreSQL each thread has a
+        connection.
         """
         if self.db.dialect.kind is DatabaseKind.SQLITE:
             threads = 1
@@ -398,7 +399,7 @@ class ServiceStore:
 
 
 def one_of_each(store: ServiceStore) -> list[Run]:
-    """Make runs of many kinds, as a killed service leaves them."""
+    """Create runs of many kinds, as a killed service leaves them."""
     made = [
         store.waiting(),
         store.waiting(),
@@ -436,7 +437,7 @@ class Crash(Exception):
 
 
 class CrashingDatabase(Database):
-    """A database whose service is killed at statement number `at`; only commits stay."""
+    """A database whose service is killed at statement number `at`. Only committed changes stay."""
 
     def __init__(self, db: Database, at: int) -> None:
         super().__init__(db.peewee, db.dialect, db.name)

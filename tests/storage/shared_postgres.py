@@ -1,4 +1,4 @@
-"""Run by test_scratch_postgres.py, on each worker of a session of its own."""
+"""Run by test_scratch_postgres.py in a separate pytest session, on each of its workers."""
 
 from __future__ import annotations
 

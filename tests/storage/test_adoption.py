@@ -1,4 +1,4 @@
-"""A SQLite store has one service: a start adopts what any other instance name left there."""
+"""A SQLite store has one service: a start adopts the rows of all other instance names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from runrecovery_service.domain.errors import Fenced, RunNotReopenable, RunOfAnotherInstance
 from runrecovery_service.domain.reconciliation import Cause
-from runrecovery_service.domain.run import RestartPolicy, RunStatus
+from runrecovery_service.domain.run import RestartPolicy, Run, RunStatus
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import (
@@ -27,13 +27,13 @@ from storage.service_store import REASONS, ServiceStore, boot, one_of_each, reas
 
 
 def renamed(store: ServiceStore, name: str = "other") -> Owner:
-    """Start the service under another name, as its next start would."""
+    """Claim an epoch under another instance name, as the next start of a renamed service does."""
     store.owner = instances.claim(store.db, boot(name), now=store.tick())
     return store.owner
 
 
 def adopt(store: ServiceStore, owner: Owner, *, rows: int = 1000) -> list[Adopted]:
-    """Adopt what others left, and see that it is told of."""
+    """Adopt the rows of other instances, and check that the adoption is recorded."""
     heard: list[Adopted] = []
     adopted = adoption.adopt(
         store.db,
@@ -48,7 +48,7 @@ def adopt(store: ServiceStore, owner: Owner, *, rows: int = 1000) -> list[Adopte
 
 @pytest.fixture
 def alone(store: ServiceStore) -> ServiceStore:
-    """A store that one service has to itself."""
+    """A store that only one service can use."""
     if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL is shared")
     return store
@@ -66,8 +66,8 @@ def test_every_run_that_another_instance_left_is_decided(alone: ServiceStore, ro
     assert reasons(alone, made) == REASONS
 
 
-def asked_more_than(times: int) -> Callable[[], bool]:
-    """Return what says True from the call after so many on."""
+def true_after(times: int) -> Callable[[], bool]:
+    """Return a function that returns False for so many calls, and then True."""
     calls = itertools.count()
     return lambda: next(calls) >= times
 
@@ -85,7 +85,7 @@ def test_an_adoption_that_is_cut_off_at_any_statement_is_completed_by_the_next_s
                 alone.db,
                 owner,
                 record=lambda db, found: None,
-                stopping=asked_more_than(steps),
+                stopping=true_after(steps),
                 rows=1,
             )
             break
@@ -116,6 +116,22 @@ def test_a_waiting_run_of_another_instance_accepts_a_reply(alone: ServiceStore) 
     assert alone.reply(run).status is RunStatus.QUEUED
 
 
+def reopen(store: ServiceStore, run: Run) -> Run:
+    return reopening.reopen(
+        store.db,
+        run.run_id,
+        handle="found",
+        session_type_of=lambda engine: "demo",
+        wait_s_of=lambda _: 60.0,
+        owner=store.owner,
+        etag=None,
+        receipt=None,
+        due_in=store.due_in,
+        steady=store.steady,
+        now=store.tick(),
+    )
+
+
 def test_a_run_that_another_instance_lost_can_be_reopened(alone: ServiceStore) -> None:
     run = alone.waiting()
     alone.set(run, session_verdict="INVALID")
@@ -123,21 +139,7 @@ def test_a_run_that_another_instance_lost_can_be_reopened(alone: ServiceStore) -
     adopt(alone, renamed(alone))
     alone.apply_recovery()
 
-    back = reopening.reopen(
-        alone.db,
-        run.run_id,
-        handle="found",
-        session_type_of=lambda engine: "demo",
-        wait_s_of=lambda _: 60.0,
-        owner=alone.owner,
-        etag=None,
-        receipt=None,
-        due_in=alone.due_in,
-        steady=alone.steady,
-        now=alone.tick(),
-    )
-
-    assert back.status is RunStatus.WAITING_USER
+    assert reopen(alone, run).status is RunStatus.WAITING_USER
 
 
 def test_reopening_an_ended_run_of_another_instance_is_refused_because_it_has_ended(
@@ -147,19 +149,7 @@ def test_reopening_an_ended_run_of_another_instance_is_refused_because_it_has_en
     adopt(alone, renamed(alone))
 
     with pytest.raises(RunNotReopenable, match="no recovery failed it"):
-        reopening.reopen(
-            alone.db,
-            run.run_id,
-            handle="found",
-            session_type_of=lambda engine: "demo",
-            wait_s_of=lambda _: 60.0,
-            owner=alone.owner,
-            etag=None,
-            receipt=None,
-            due_in=alone.due_in,
-            steady=alone.steady,
-            now=alone.tick(),
-        )
+        reopen(alone, run)
 
 
 def test_a_repaired_quarantined_run_of_another_instance_is_decided(alone: ServiceStore) -> None:

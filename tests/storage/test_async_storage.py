@@ -33,7 +33,7 @@ from support.pg_proxy import proxied
 
 
 def add(name: str) -> Callable[[Database], str]:
-    """A write that leaves a trace."""
+    """Return a write that adds a row with this name."""
 
     def use(db: Database) -> str:
         db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1, '')", (name,))
@@ -109,8 +109,8 @@ async def test_a_failing_database_is_reported_as_unavailable_and_used_again_afte
         await storage.read(fail)
 
     assert str(met.value) == (
-        "the database cannot be opened; its files must be there, and be the service's to read and"
-        " to write"
+        "the database cannot be opened; its files must exist, and the service's user must be"
+        " able to read and write them"
         if sqlite
         else "the database is stopping or starting; retry later"
     )
@@ -292,7 +292,7 @@ async def test_each_statement_has_its_own_timeout(
         for _ in range(4):
             db.fetch_one("SELECT 1")
             time_s[0] += 50.0
-            look = storage.renew(lambda db: None)  # cuts off what hangs
+            look = storage.renew(lambda db: None)  # cuts hanging connections
             asyncio.run_coroutine_threadsafe(look, loop).result()
         return 4
 
@@ -323,7 +323,7 @@ async def test_closing_leaves_no_thread(store: ServiceStore) -> None:
     storage = Storage(store.db)
     await asyncio.gather(*(storage.write(lambda db: store.create()) for _ in range(5)))
     await storage.read(lambda db: None)
-    await asyncio.to_thread(lambda: None)  # the loop's own thread pool is not ours
+    await asyncio.to_thread(lambda: None)  # creates the loop's own thread pool
 
     await asyncio.to_thread(storage.close)
 

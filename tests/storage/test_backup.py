@@ -1,4 +1,4 @@
-"""A copy of a SQLite store is only kept when it is proved to have everything."""
+"""A copy of a SQLite store is kept only if a check finds everything in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ for n in range(4):
 
 @pytest.fixture
 def store_file(store: ServiceStore, tmp_path: Path) -> Path:
-    """A store_file, closed, with three runs of one instance and two of another."""
+    """A closed store with three runs of one instance and two of another."""
     if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL is backed up with its own tools")
     instances.claim(store.db, boot("other"), now=store.now)
@@ -105,14 +105,14 @@ def test_every_backup_during_writes_is_complete(
             made += 1
     assert backups.stdout is not None
     with backups.stdout as output:
-        told = output.read().splitlines()
+        lines = output.read().splitlines()
 
     assert backups.returncode == 0
-    assert len(told) == len(set(told)) == 4
+    assert len(lines) == len(set(lines)) == 4
     for n in range(4):
         with closing(sqlite3.connect(f"file:{copies}/copy-{n}.db?immutable=1", uri=True)) as copy:
             ((found,),) = copy.execute("SELECT count(*) FROM run WHERE owner = 'other'").fetchall()
-        assert told[n] == f"{{'default': 3, 'other': {found}}}"
+        assert lines[n] == f"{{'default': 3, 'other': {found}}}"
         assert 2 <= found <= made
 
 

@@ -65,7 +65,7 @@ def test_the_owner_takes_the_reply_that_a_peer_has_accepted(
     assert (turn.run.key, turn.reply.response) == (run.key, "yes")
 
 
-def test_a_request_has_one_effect_through_whichever_instances_it_is_repeated(
+def test_a_request_that_is_repeated_through_other_instances_has_one_effect(
     shared: ServiceStore, peer: Owner
 ) -> None:
     run = shared.waiting()
@@ -129,7 +129,7 @@ def test_a_cancel_through_a_peer_leaves_the_process_to_its_owner(
 
 
 @pytest.mark.parametrize("moved", [{"owner_epoch": 2}, {"owner": "successor"}])
-def test_a_write_through_a_peer_names_owner_and_epoch_of_the_row_that_was_read(
+def test_a_write_through_a_peer_checks_owner_and_epoch_of_the_row_that_was_read(
     shared: ServiceStore, peer: Owner, moved: dict[str, object]
 ) -> None:
     """A recovery moves a run to the next epoch without a new version."""
@@ -175,7 +175,7 @@ def test_what_the_execution_writes_stays_with_the_owner(shared: ServiceStore, pe
 # -- reopening -------------------------------------------------------------------------------------
 
 OTHER_HOST = SteadyTime("another boot", 17)
-"""The clock of the peer's host says nothing about deadlines of the owner."""
+"""The steady clock of the peer's host, on which the owner's deadlines are not measured."""
 
 
 def lost(store: ServiceStore, **changes: Any) -> Run:
@@ -224,7 +224,7 @@ def test_the_wall_clock_ends_the_window_for_a_reopening_through_a_peer(
     assert reopen(shared, early, peer).status is RunStatus.WAITING_USER
     shared.step_wall_clock(timedelta(seconds=60))
 
-    with pytest.raises(RunNotReopenable, match="the window for that is over"):
+    with pytest.raises(RunNotReopenable, match="the time in which it could be reopened is over"):
         reopen(shared, late, peer)
 
 

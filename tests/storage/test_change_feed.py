@@ -31,7 +31,7 @@ async def storage(tmp_path: Path) -> AsyncIterator[Storage]:
 
 
 def touching(*run_keys: int) -> Any:
-    """A use that changes these runs."""
+    """Return a write that changes these runs."""
 
     def use(db: Database) -> str:
         for key in run_keys:

@@ -1,4 +1,4 @@
-"""Whatever happens to a commit, a mutation and its receipt are both on record, or neither is."""
+"""Whatever happens to a commit, a mutation and its receipt are both recorded, or neither is."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Mutation:
     """A mutating method in one situation.
 
     Attributes:
-        prepare: makes the run that it is about.
-        call: carries it out, with the receipt.
-        effect: queries of all that it changes, and what they say afterwards; before it, none of
-            them says so.
+        prepare: creates the run that the call changes.
+        call: makes the call, with the receipt.
+        effect: queries for everything that the call changes, with their results after the call.
+            Before it, every result differs.
     """
 
     method: str
@@ -140,7 +140,7 @@ def mutation(request: pytest.FixtureRequest) -> Mutation:
 
 
 def observed(store: ServiceStore, mutation: Mutation) -> str:
-    """Return `DONE` or `NOTHING`; fail on anything in between."""
+    """Return `DONE` or `NOTHING`; fail if the mutation is partly done."""
     receipts = store.rows(
         "SELECT method FROM request_receipt WHERE request_id = ?", RECEIPT.request_id
     )
@@ -154,7 +154,7 @@ def observed(store: ServiceStore, mutation: Mutation) -> str:
 
 @contextmanager
 def cut_at(store: ServiceStore, number: int) -> Iterator[None]:
-    """End whoever carries out the statement of this number, once; statements of peewee count."""
+    """Raise Crash instead of executing the statement of this number. Statements of peewee count."""
     execute: Callable[..., Any] = store.db.peewee.execute_sql
     left = [number]
 
@@ -170,9 +170,13 @@ def cut_at(store: ServiceStore, number: int) -> Iterator[None]:
 
 
 @contextmanager
-def commit_that(store: ServiceStore, *, stands: bool) -> Iterator[None]:
-    """Lose the answer to each COMMIT; `stands`: it was carried out all the same, so that SQLite has
-    nothing to roll back any more, and says so."""
+def lose_commit_answers(store: ServiceStore, *, stands: bool) -> Iterator[None]:
+    """Raise Crash instead of the answer to each COMMIT.
+
+    Args:
+        stands: whether the commit is carried out nevertheless. SQLite then refuses the rollback,
+            because no transaction is open.
+    """
     commit: Callable[[], Any] = store.db.peewee.commit
 
     def lose() -> Any:
@@ -233,7 +237,7 @@ def test_a_call_whose_commit_failed_is_done_by_the_next_try(
     store: ServiceStore, mutation: Mutation
 ) -> None:
     run = mutation.prepare(store)
-    with pytest.raises(Crash), commit_that(store, stands=False):
+    with pytest.raises(Crash), lose_commit_answers(store, stands=False):
         mutation.call(store, run)
     assert observed(store, mutation) == NOTHING
 
@@ -246,7 +250,7 @@ def test_a_call_whose_commit_succeeded_without_an_answer_is_not_done_twice(
     store: ServiceStore, mutation: Mutation
 ) -> None:
     run = mutation.prepare(store)
-    with pytest.raises((Crash, OperationalError)), commit_that(store, stands=True):
+    with pytest.raises((Crash, OperationalError)), lose_commit_answers(store, stands=True):
         mutation.call(store, run)
     assert observed(store, mutation) == DONE
     before = store.dump()

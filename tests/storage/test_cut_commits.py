@@ -1,4 +1,4 @@
-"""The connection to PostgreSQL is cut around the COMMIT of a write: the next try does it once."""
+"""If a connection to PostgreSQL is cut around a COMMIT, the next try does the write once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NEXT_COMMIT: Final = "BEGIN"
 
 @pytest.fixture
 def database_kind() -> str:
-    """SQLite has no connection that can be cut."""
+    """PostgreSQL only, because SQLite has no connection that can be cut."""
     return "postgresql"
 
 
@@ -58,7 +58,7 @@ class Cut:
 
 
 def prepare(db: Database) -> Prepared:
-    """Return runs in every situation, of whose later events a webhook gets each."""
+    """Return runs in every situation, and add a webhook that gets all of their later events."""
     owner = instances.claim(db, boot(), now=ServiceStore.now)
     prepared = Prepared(ServiceStore(db=db, owner=owner))
     db.webhooks = (WebhookFilter(name="w", events=frozenset(WebhookEvent)),)
@@ -66,7 +66,7 @@ def prepare(db: Database) -> Prepared:
 
 
 def outcome(prepared: Prepared) -> dict[str, list[dict[str, Any]]]:
-    """Return what two tries of one write have in common."""
+    """Return the rows of the store, without the columns that differ between two tries."""
     return settled(content(prepared.store) | prepared.store.dump("webhook_delivery"))
 
 

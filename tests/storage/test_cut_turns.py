@@ -1,4 +1,4 @@
-"""The turns that a recovery reports as spans: those whose end no service has recorded."""
+"""A recovery reports exactly the turns as spans whose end no service has recorded."""
 
 from __future__ import annotations
 

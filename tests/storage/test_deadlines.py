@@ -95,7 +95,7 @@ def test_deadlines_of_an_earlier_boot_do_not_pass_before_they_are_rearmed(
     run = armed(store)
     store.reboot(60)
     store.advance(10 * WAIT_S)
-    store.steady_us += 10**15  # whatever a clock says that is not the one of the row
+    store.steady_us += 10**15  # a time of another clock than that of the row
 
     assert end_wait(store, run) is None
 
@@ -168,7 +168,7 @@ def test_the_deadline_of_an_answered_question_does_not_end_the_next_wait(
     stale = PassedDeadline(run.key, DueKind.WAIT)
     store.advance(WAIT_S)
     assert passed(store) == [stale]
-    store.reply(run)  # after it was found passed and before it is carried out
+    store.reply(run)  # after the deadline was found passed, before it is carried out
     turn = store.take()
     assert turn is not None
     from runrecovery_service.domain.turn import Asked
@@ -188,7 +188,7 @@ def test_an_accepted_cancel_wins_over_an_automatic_decision(store: ServiceStore)
 
     assert end_wait(store, run) is None
     assert store.get(run).auto_decided_count == 0
-    assert passed(store) == []  # nobody asks again and again
+    assert passed(store) == []  # it is not reported again
 
 
 def test_a_resumable_run_that_requires_a_reply_waits_for_ever(store: ServiceStore) -> None:
@@ -244,7 +244,7 @@ def test_a_reply_that_is_accepted_between_check_and_write_wins_over_the_deadline
 
 
 def elsewhere(store: ServiceStore, do: Callable[[], object]) -> None:
-    """Call a function on another thread, so on another connection, and wait for it."""
+    """Call a function in another thread, and so on another connection; wait for its end."""
 
     def work() -> None:
         try:
@@ -328,9 +328,9 @@ def test_a_run_with_a_process_is_listed_until_its_process_has_ended(store: Servi
     turn = store.running(max_run_s=RUN_S)
     store.advance(RUN_S)
 
-    told = [end_run(store, turn.run) for _ in range(2)]
+    ended = [end_run(store, turn.run) for _ in range(2)]
 
-    assert [run.status for run in told if run is not None] == [RunStatus.RUNNING] * 2
+    assert [run.status for run in ended if run is not None] == [RunStatus.RUNNING] * 2
     assert passed(store) == [PassedDeadline(turn.run.key, DueKind.RUN)]
 
 
@@ -397,7 +397,7 @@ def test_a_session_is_not_forgotten_by_the_clock_of_another_boot(store: ServiceS
     store.recover()
     kept = store.rows("SELECT retired_value FROM run")
     store.reboot(60)
-    store.steady_us += 10**15  # whatever a clock says that is not the one of the row
+    store.steady_us += 10**15  # a time of another clock than that of the row
 
     deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
 

@@ -1,4 +1,4 @@
-"""Decisions are read in one order, and reading can be resumed after any of them."""
+"""Decisions are read in one order, and a reader can resume after any decision."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(
     *,
     limit: int = 2,
 ) -> list[FeedDecision]:
-    """Read to the end in small stretches; that each begins where the last ended is demanded."""
+    """Read to the end in small pages; check that each page begins where the last one ended."""
     found: list[FeedDecision] = []
     while True:
         stretch = decision_feed.decisions_after(store.db, place, wanted, limit=limit)
@@ -48,9 +48,9 @@ def test_decisions_about_other_engines_are_left_out(store: ServiceStore) -> None
     runs = [store.waiting(engine=engine) for engine in ("a", "b", "a")]
     recover(store)
 
-    told = [one.run_id for one in read(store, wanted=RecoveredFilter(engines=frozenset({"a"})))]
+    found = [one.run_id for one in read(store, wanted=RecoveredFilter(engines=frozenset({"a"})))]
 
-    assert told == [runs[0].run_id, runs[2].run_id]
+    assert found == [runs[0].run_id, runs[2].run_id]
 
 
 def test_decisions_come_in_the_order_of_restarts_and_runs(store: ServiceStore) -> None:
@@ -60,9 +60,9 @@ def test_decisions_come_in_the_order_of_restarts_and_runs(store: ServiceStore) -
         store.reply(run)
     recover(store)
 
-    told = [(one.run_id, one.recovery.recovery_reason) for one in read(store)]
+    found = [(one.run_id, one.recovery.recovery_reason) for one in read(store)]
 
-    assert told == [
+    assert found == [
         *((run.run_id, "resumable_waiting_preserved") for run in runs),
         *((run.run_id, "accepted_reply_redriven") for run in runs[:2]),
     ]
@@ -102,7 +102,7 @@ def test_decisions_of_a_running_recovery_are_returned_and_hold_back_later_recove
     first = recovery_apply.next_batch(store.db, scope, after=0, rows=2)
     assert first is not None
     recovery_apply.apply_batch(store.db, scope, first, report=lambda db, tally: None)
-    # Another instance recovers meanwhile, and is through with it.
+    # Meanwhile another instance begins and completes a recovery.
     other = ServiceStore(db=store.db, owner=instances.claim(store.db, boot("other"), now=store.now))
     other.count = iter(range(100, 200))
     elsewhere = other.create()
@@ -135,13 +135,13 @@ def test_a_recovery_of_a_dead_service_holds_back_no_other(store: ServiceStore) -
     reports.close_abandoned(store.db)
 
     assert [one.run_id for one in read(store)] == [elsewhere.run_id]
-    with pytest.raises(StorageBusy):  # it wakes up: nothing is committed behind who read on
+    with pytest.raises(StorageBusy):  # it wakes up, but must commit nothing that readers would miss
         recovery_apply.apply_batch(store.db, scope, batch, report=written(store, scope))
     assert [one.run_id for one in read(store)] == [elsewhere.run_id]
 
 
 def written(store: ServiceStore, scope: ApplyScope) -> recovery_apply.WriteProgress:
-    """What writes a report's progress, as a recovery does."""
+    """Return a function that writes a report's progress, as a recovery does."""
     report = reports.report_page(store.db, after=None, limit=9).rows[-1]
     return lambda db, tally: reports.write_report(db, scope.reconciliation_key, report)
 

@@ -1,4 +1,4 @@
-"""Each kind of database failure has a domain error of its own."""
+"""Each kind of database failure has its own domain error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def storage(store: ServiceStore) -> Iterator[Storage]:
 
 
 def sqlite_error(code: int) -> sqlite3.Error:
-    """Return an error as the driver raises it with an extended result code."""
+    """Return the error that the driver raises for an extended result code."""
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = code
     return error
@@ -51,8 +51,8 @@ def raising(code: str) -> str:
          ("the database denies the service's role a permission; the role must own the service's"
          " tables")),
         (["SELECT 1 FROM nowhere"], StorageUnavailable,
-         ("the database lacks a table of the service; put it back (see search_path as well), or"
-         " restore a backup")),
+         ("the database lacks a table of the service; restore the table or a backup, and check"
+         " search_path")),
         ([raising("53100")], StorageFull,
          "the database cannot be written to: its disk is full; make room"),
         ([raising("53300")], StorageUnavailable,
@@ -95,8 +95,8 @@ async def test_each_sqlstate_of_postgresql_has_its_domain_error(
          ("the database cannot be written to: its files or directory are read-only; make them"
          " writable for the service's user")),
         (["ATTACH '/nowhere/at/all.db' AS gone"], StorageUnavailable,
-         ("the database cannot be opened; its files must be there, and be the service's to read and"
-         " to write")),
+         ("the database cannot be opened; its files must exist, and the service's user must be"
+         " able to read and write them")),
         (["PRAGMA max_page_count = 1",
           "INSERT INTO request_receipt VALUES ('r', hex(zeroblob(9999)), 'f', 1, 1, '')"],
          StorageFull,
@@ -151,7 +151,7 @@ def test_a_start_and_check_report_the_text_that_callers_get(
     assert str(refused.value).startswith(f"/data/x.db: {said} (disk I/O error)")
 
 
-async def test_a_value_that_can_never_be_stored_is_told_from_a_failure_of_the_database(
+async def test_a_value_that_can_never_be_stored_is_not_taken_for_a_failed_database(
     store: ServiceStore, storage: Storage
 ) -> None:
     turn = store.running()

@@ -26,13 +26,13 @@ from storage.service_store import QUESTION, WAIT_S, ServiceStore
 K = RunEventKind
 
 
-def told(store: ServiceStore, run: Run, after: int = 0) -> tuple[RunEvent, ...]:
+def events_of(store: ServiceStore, run: Run, after: int = 0) -> tuple[RunEvent, ...]:
     return events.events_after(store.db, store.get(run), after)
 
 
 def kinds(store: ServiceStore, run: Run) -> list[RunEventKind | None]:
-    """The kinds of all events; that their sequence has no gap is always demanded."""
-    found = told(store, run)
+    """Return the kinds of all events, and demand that their sequence numbers have no gap."""
+    found = events_of(store, run)
     assert [event.sequence for event in found] == list(range(1, store.get(run).event_count + 1))
     return [event.kind for event in found]
 
@@ -47,7 +47,7 @@ def test_a_run_with_a_question_has_an_event_for_each_step(store: ServiceStore) -
     assert kinds(store, run) == [
         K.CREATED, K.STARTED, K.ASKED, K.ANSWERED, K.STARTED, K.SUCCEEDED
     ]  # fmt: skip
-    asked, answered = told(store, run)[2:4]
+    asked, answered = events_of(store, run)[2:4]
     assert (asked.status, asked.interaction_id, asked.attempt) == (RunStatus.WAITING_USER, 1, 1)
     assert (answered.status, answered.interaction_id) == (RunStatus.QUEUED, 1)
 
@@ -58,7 +58,7 @@ def test_a_cancel_of_a_live_process_is_two_events(store: ServiceStore) -> None:
     store.end(turn, Asked(QUESTION))
 
     assert kinds(store, turn.run)[2:] == [K.CANCEL_REQUESTED, K.CANCELED]
-    requested, _ = told(store, turn.run)[2:]
+    requested, _ = events_of(store, turn.run)[2:]
     assert requested.status is RunStatus.RUNNING
 
 
@@ -66,7 +66,7 @@ def test_a_failure_is_an_event_with_its_code(store: ServiceStore) -> None:
     turn = store.running()
     store.end(turn, Interrupted("stood still"))
 
-    last = told(store, turn.run)[-1]
+    last = events_of(store, turn.run)[-1]
     assert (last.kind, last.error_code) == (K.FAILED, "ORCHESTRATOR_RESTART_INTERRUPTED")
 
 
@@ -90,7 +90,7 @@ def test_decisions_of_restarts_are_among_the_events(store: ServiceStore) -> None
         K.CREATED, K.STARTED, K.ASKED, K.RECOVERED, K.ANSWERED, K.RECOVERED, K.STARTED,
         K.RECOVERED,
     ]  # fmt: skip
-    kept = told(store, run)[3]
+    kept = events_of(store, run)[3]
     assert kept.recovery is not None
     assert kept.recovery.recovery_reason == "resumable_waiting_preserved"
     assert (kept.status, kept.recovery.recovery_count) == (RunStatus.WAITING_USER, 1)
@@ -111,7 +111,7 @@ def test_a_quarantined_run_has_an_event_of_it(store: ServiceStore) -> None:
     store.set(run, status="NEWER_WORD")
     store.recover()
 
-    last = told(store, run)[-1]
+    last = events_of(store, run)[-1]
     assert (last.kind, last.sequence) == (K.RECOVERED, 2)
     assert last.recovery is not None
     assert last.recovery.recovery_reason == "record_damaged"
@@ -120,17 +120,17 @@ def test_a_quarantined_run_has_an_event_of_it(store: ServiceStore) -> None:
 def test_a_watch_can_resume_after_every_event(store: ServiceStore) -> None:
     run = store.waiting()
     store.recover()
-    every = told(store, run)
+    every = events_of(store, run)
 
     for after in range(len(every) + 1):
-        assert told(store, run, after) == every[after:]
+        assert events_of(store, run, after) == every[after:]
 
 
 def test_a_watch_cannot_resume_after_an_event_that_has_not_happened(store: ServiceStore) -> None:
     run = store.create()
 
     with pytest.raises(WatchSequenceUnknown) as caught:
-        told(store, run, 2)
+        events_of(store, run, 2)
     assert caught.value.latest == 1
 
 
@@ -148,9 +148,9 @@ def test_only_the_latest_events_are_kept(
     last = store.get(run).event_count
     assert last == 12
     with pytest.raises(WatchHistoryPruned) as caught:
-        told(store, run, last - 6)
+        events_of(store, run, last - 6)
     assert caught.value.oldest == last - 4
-    assert [event.sequence for event in told(store, run, last - 5)] == list(range(8, 13))
+    assert [event.sequence for event in events_of(store, run, last - 5)] == list(range(8, 13))
     assert store.rows("SELECT count(*) FROM run_event") == [(5,)]
 
 
@@ -159,7 +159,7 @@ def test_an_automatic_decision_is_an_event_of_its_own_kind(store: ServiceStore) 
     store.advance(WAIT_S)
     deadlines.end_wait(store.db, run.key, owner=store.owner, now=store.now, steady=store.steady)
 
-    last = told(store, run)[-1]
+    last = events_of(store, run)[-1]
     assert (last.kind, last.interaction_id) == (K.AUTO_DECIDED, 1)
 
 
@@ -186,9 +186,9 @@ def test_requeued_and_sticky_runs_have_events_without_a_gap(store: ServiceStore)
     store.take()
 
     assert kinds(store, again) == [K.CREATED, K.STARTED, K.RECOVERED, K.STARTED]
-    assert told(store, again)[-1].attempt == 2
+    assert events_of(store, again)[-1].attempt == 2
     assert kinds(store, sticky) == [K.CREATED, K.STARTED, K.ASKED, K.RECOVERED]
-    assert told(store, sticky)[-1].error_code == "INTERACTION_PROCESS_LOST"
+    assert events_of(store, sticky)[-1].error_code == "INTERACTION_PROCESS_LOST"
 
 
 def test_a_run_that_recovery_cannot_change_has_an_event_of_its_quarantine(
@@ -202,7 +202,7 @@ def test_a_run_that_recovery_cannot_change_has_an_event_of_its_quarantine(
     recovery_apply._quarantine(store.db, scope, Batch(run.key, run.key, 1), "refused")
 
     assert kinds(store, run) == [K.CREATED, K.RECOVERED]
-    assert told(store, run)[-1].happened_at - store.now <= timedelta(0)
+    assert events_of(store, run)[-1].happened_at - store.now <= timedelta(0)
 
 
 def test_events_after_a_gap_are_not_returned(store: ServiceStore) -> None:
@@ -210,5 +210,5 @@ def test_events_after_a_gap_are_not_returned(store: ServiceStore) -> None:
     store.db.execute("DELETE FROM run_event WHERE no = 2")
 
     with pytest.raises(WatchHistoryPruned):
-        told(store, run)
-    assert [event.sequence for event in told(store, run, 2)] == [3]
+        events_of(store, run)
+    assert [event.sequence for event in events_of(store, run, 2)] == [3]

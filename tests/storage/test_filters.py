@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import pytest
 from runrecovery.v1 import run_service_pb2
+from runrecovery_service.domain.errors import RunAlreadyExists
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Option, Page, Question, Run, RunFilter, RunStatus, View
 from runrecovery_service.domain.turn import Asked
@@ -25,8 +28,38 @@ def listed(store: ServiceStore, view: View = View.FULL, **wanted: Any) -> list[R
     return list(page.rows)
 
 
-def ids(found: list[Run]) -> list[str]:
+def ids(found: Iterable[Run]) -> list[str]:
     return [run.run_id for run in found]
+
+
+def all_pages(page_after: Callable[..., Page[Run]]) -> list[list[str]]:
+    """Return the run_ids of each page, read one after the other to the last."""
+    page = page_after(after=None)
+    pages = [ids(page.rows)]
+    while page.after is not None:
+        page = page_after(after=page.after)
+        pages.append(ids(page.rows))
+    return pages
+
+
+@contextmanager
+def query_plans(store: ServiceStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """Return SQLite's plan of each query that the block makes, once the block has ended."""
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
+        pytest.skip("PostgreSQL plans by its statistics")
+    made: list[tuple[str, Any]] = []
+    plans: list[list[str]] = []
+    execute: Callable[[Any], Any] = store.db.peewee.execute
+
+    def note(query: Any) -> Any:
+        made.append(query.sql())
+        return execute(query)
+
+    monkeypatch.setattr(store.db.peewee, "execute", note)
+    yield plans
+    for sql, params in made:
+        plan = store.db.fetch_all(f"EXPLAIN QUERY PLAN {sql}", params)
+        plans.append([row[3] for row in plan])
 
 
 def test_runs_are_found_by_all_their_labels(store: ServiceStore) -> None:
@@ -42,15 +75,13 @@ def test_runs_are_found_by_all_their_labels(store: ServiceStore) -> None:
 
 def test_a_label_filter_pages_without_gap_or_repeat(store: ServiceStore) -> None:
     made = [store.create(labels={"n": "x" if number % 3 else "y"}) for number in range(12)]
-    wanted, after, seen = RunFilter(labels={"n": "x"}), None, list[str]()
-    while True:
-        page = run_pages.page(store.db, wanted, after=after, limit=3)
-        seen += ids(list(page.rows))
-        after = page.after
-        if after is None:
-            break
+    wanted = RunFilter(labels={"n": "x"})
 
-    assert seen == [run.run_id for run in reversed(made) if run.labels["n"] == "x"]
+    seen = all_pages(partial(run_pages.page, store.db, wanted, limit=3))
+
+    assert list(chain.from_iterable(seen)) == [
+        run.run_id for run in reversed(made) if run.labels["n"] == "x"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,21 +118,13 @@ def test_lists_of_some_engines_have_full_pages_of_their_runs_only(store: Service
     store.recover()
     mine = [run.run_id for run in reversed(made) if run.engine == "a"]
     engines = frozenset({"a", "none"})
-    found: dict[str, list[list[str]]] = {"runs": [], "recovered": []}
-    pages = {
-        "runs": partial(run_pages.page, store.db, RunFilter(engines=engines), limit=2),
-        "recovered": partial(
-            decisions.recovered_page, store.db, RecoveredFilter(engines=engines), limit=2
-        ),
-    }
-    for name, page_after in pages.items():
-        page = page_after(after=None)
-        found[name].append(ids(list(page.rows)))
-        while page.after is not None:
-            page = page_after(after=page.after)
-            found[name].append(ids(list(page.rows)))
 
-    assert found == {name: [mine[:2], mine[2:]] for name in pages}
+    found = all_pages(partial(run_pages.page, store.db, RunFilter(engines=engines), limit=2))
+    recovered = all_pages(
+        partial(decisions.recovered_page, store.db, RecoveredFilter(engines=engines), limit=2)
+    )
+
+    assert found == recovered == [mine[:2], mine[2:]]
     assert listed(store, engines=frozenset({"none"})) == []
     assert listed(store, engines=engines, engine="b") == []
 
@@ -130,8 +153,6 @@ def test_a_damaged_run_does_not_break_a_label_filter(store: ServiceStore) -> Non
 
 
 def test_a_refused_create_leaves_no_label(store: ServiceStore) -> None:
-    from runrecovery_service.domain.errors import RunAlreadyExists
-
     run = store.create(labels={"team": "red"})
     with pytest.raises(RunAlreadyExists):
         store.create(run_id=run.run_id, labels={"team": "green"})
@@ -156,7 +177,7 @@ def test_recovered_runs_are_found_by_label(store: ServiceStore) -> None:
         store.db, RecoveredFilter(labels={"team": "red"}), after=None, limit=9
     )
 
-    assert ids(list(page.rows)) == [red.run_id]
+    assert ids(page.rows) == [red.run_id]
 
 
 def test_a_label_of_many_runs_finds_the_same_runs(
@@ -172,22 +193,18 @@ def test_a_label_of_many_runs_finds_the_same_runs(
         page = decisions.recovered_page(
             store.db, RecoveredFilter(labels=wanted), after=None, limit=9
         )
-        assert ids(list(page.rows)) == expected
+        assert ids(page.rows) == expected
         assert ids(listed(store, labels=wanted)) == expected
 
 
 def test_recovered_runs_by_label_page_without_gap_or_repeat(store: ServiceStore) -> None:
     made = [store.waiting(labels={"team": "red"}) for _ in range(5)]
     store.recover()
-    wanted, after, seen = RecoveredFilter(labels={"team": "red"}), None, list[str]()
-    while True:
-        page = decisions.recovered_page(store.db, wanted, after=after, limit=2)
-        seen += ids(list(page.rows))
-        after = page.after
-        if after is None:
-            break
+    wanted = RecoveredFilter(labels={"team": "red"})
 
-    assert seen == [run.run_id for run in reversed(made)]
+    seen = all_pages(partial(decisions.recovered_page, store.db, wanted, limit=2))
+
+    assert list(chain.from_iterable(seen)) == [run.run_id for run in reversed(made)]
 
 
 @pytest.mark.parametrize("listing", ["runs", "recovered"])
@@ -245,21 +262,12 @@ def test_a_thousand_runs_in_the_basic_view_are_one_page(store: ServiceStore) -> 
 def test_runs_are_found_by_label_through_an_index(
     store: ServiceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if store.db.dialect.kind is not DatabaseKind.SQLITE:
-        pytest.skip("PostgreSQL plans by its statistics")
-    asked: list[tuple[str, Any]] = []
-    execute: Callable[[Any], Any] = store.db.peewee.execute
+    wanted = RunFilter(labels={"team": "red", "n": "1"})
 
-    def note(query: Any) -> Any:
-        asked.append(query.sql())
-        return execute(query)
+    with query_plans(store, monkeypatch) as plans:
+        run_pages.page(store.db, wanted, after=(9,), limit=5)
 
-    monkeypatch.setattr(store.db.peewee, "execute", note)
-    run_pages.page(store.db, RunFilter(labels={"team": "red", "n": "1"}), after=(9,), limit=5)
-    ((sql, params),) = asked
-
-    plan = [row[3] for row in store.db.fetch_all(f"EXPLAIN QUERY PLAN {sql}", params)]
-
+    (plan,) = plans
     assert "USING PRIMARY KEY (key=? AND value=? AND run<?)" in plan[0]
     assert not any("TEMP B-TREE" in step or step.startswith("SCAN") for step in plan), plan
 
@@ -275,13 +283,8 @@ def test_lists_of_engines_follow_every_other_filter(
     names = {run.run_id: name for run, name in zip(made, "123456789", strict=True)}
 
     def pages(limit: int = 2, **wanted: Any) -> list[str]:
-        found, after = [], None
-        while True:
-            page = run_pages.page(store.db, RunFilter(**wanted), after=after, limit=limit)
-            found.append("".join(names[run.run_id] for run in page.rows))
-            if page.after is None:
-                return found
-            after = page.after
+        found = all_pages(partial(run_pages.page, store.db, RunFilter(**wanted), limit=limit))
+        return ["".join(names[run_id] for run_id in page) for page in found]
 
     both = frozenset({"a", "b"})
     assert pages(engines=both) == ["87", "54", "21"]
@@ -301,28 +304,16 @@ def test_lists_of_engines_follow_every_other_filter(
 def test_runs_of_some_engines_are_found_through_an_index_that_nothing_else_reads(
     store: ServiceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if store.db.dialect.kind is not DatabaseKind.SQLITE:
-        pytest.skip("PostgreSQL plans by its statistics")
-    asked: list[tuple[str, Any]] = []
-    execute: Callable[[Any], Any] = store.db.peewee.execute
+    engines, waiting = frozenset({"a", "b"}), frozenset({RunStatus.WAITING_USER})
 
-    def note(query: Any) -> Any:
-        asked.append(query.sql())
-        return execute(query)
+    with query_plans(store, monkeypatch) as plans:
+        run_pages.page(store.db, RunFilter(engines=engines), after=(9,), limit=5)
+        for listed in (frozenset({"a"}), engines):
+            wanted = RunFilter(engines=listed, statuses=waiting)
+            run_pages.page(store.db, wanted, after=(9,), limit=5)
+        decisions.recovered_page(store.db, RecoveredFilter(engines=engines), after=None, limit=5)
 
-    monkeypatch.setattr(store.db.peewee, "execute", note)
-    engines = frozenset({"a", "b"})
-    run_pages.page(store.db, RunFilter(engines=engines), after=(9,), limit=5)
-    waiting = frozenset({RunStatus.WAITING_USER})
-    for listed in (frozenset({"a"}), engines):
-        wanted = RunFilter(engines=listed, statuses=waiting)
-        run_pages.page(store.db, wanted, after=(9,), limit=5)
-    decisions.recovered_page(store.db, RecoveredFilter(engines=engines), after=None, limit=5)
-    of_list, of_one_waiting, of_several_waiting, of_recovered = (
-        [row[3] for row in store.db.fetch_all(f"EXPLAIN QUERY PLAN {sql}", params)]
-        for sql, params in asked
-    )
-
+    of_list, of_one_waiting, of_several_waiting, of_recovered = plans
     by_index = "run_engine (engine=? AND id<?)"
     for plan, engines_read in ((of_list, 2), (of_one_waiting, 1)):
         assert len([step for step in plan if by_index in step]) == engines_read, plan

@@ -1,4 +1,4 @@
-"""A recovery that finds the result or the question of a turn whose end was not recorded."""
+"""A recovery finds the result or the question of a turn whose end was not recorded."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_the_usage_before_a_turn_has_nothing_of_the_turn(store: ServiceStore) ->
 def test_the_turns_to_read_are_those_that_run_with_a_process(store: ServiceStore) -> None:
     turn = in_turn(store, session_timeout_s=30.0)
     store.waiting()
-    store.running()  # its shim is not on record
+    store.running()  # its shim is not recorded
     store.cancel(in_turn(store).run)
 
     assert open_turns(store) == [

@@ -1,4 +1,4 @@
-"""Writes that wait share a commit, and each of them fails alone."""
+"""Queued writes share a commit, and each of them fails alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from storage.service_store import ServiceStore
 
 
 class CountingDatabase(Database):
-    """Counts outermost transactions that committed; the next `failing` of them fail to."""
+    """Counts outermost commits, and makes the next `failing` of them fail."""
 
     commits = 0
     failing = 0
@@ -38,14 +38,14 @@ class CountingDatabase(Database):
 
 @pytest.fixture
 def counting(store: ServiceStore) -> CountingDatabase:
-    """The store's database, counting. SQLite only: the writer thread is SQLite's."""
+    """A counting database of the store. SQLite only: PostgreSQL has no writer thread."""
     if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL commits each write by itself")
     return CountingDatabase(store.db.peewee, store.db.dialect, store.db.name)
 
 
 def add(name: str) -> Callable[[Database], str]:
-    """A write that leaves a trace."""
+    """Return a write that adds a row with this name."""
 
     def use(db: Database) -> str:
         db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1, '')", (name,))
@@ -55,7 +55,7 @@ def add(name: str) -> Callable[[Database], str]:
 
 
 def refused(name: str) -> Callable[[Database], str]:
-    """A write that the domain refuses after it has written."""
+    """Return a write that raises a domain error after it has written."""
 
     def use(db: Database) -> str:
         add(name)(db)
@@ -65,7 +65,7 @@ def refused(name: str) -> Callable[[Database], str]:
 
 
 def broken(name: str) -> Callable[[Database], str]:
-    """A write that is a defect."""
+    """Return a write that raises an unexpected error."""
 
     def use(db: Database) -> str:
         add(name)(db)
@@ -79,7 +79,7 @@ def traces(db: Database) -> list[str]:
 
 
 def submit_together(db: Database, uses: list[Callable[[Database], str]]) -> list[Future[str]]:
-    """Let writes pile up behind one that waits, so that they make one batch."""
+    """Queue writes while the writer is blocked, so that they form one batch."""
     writer, release, begun = GroupCommitWriter(db), threading.Event(), threading.Event()
 
     def wait(db: Database) -> None:
@@ -100,7 +100,7 @@ def test_writes_that_wait_share_a_commit(counting: CountingDatabase) -> None:
     futures = submit_together(counting, [add(name) for name in names])
 
     assert names == [future.result() for future in futures] == traces(counting)
-    assert counting.commits == 2  # the one that was waited for, and all the others
+    assert counting.commits == 2  # the blocking write, and all the others together
 
 
 def test_more_writes_than_a_commit_holds_take_a_second_commit(counting: CountingDatabase) -> None:

@@ -150,10 +150,10 @@ def test_unfinished_starts_are_counted_since_the_last_finished_one(store: Servic
     for _ in range(3):
         store.restart()
         store.open_report()
-        store.open_report()  # a second try of the same start is no further start
+        store.open_report()  # a second try of the same start does not count
     assert count(begun) == 3
     assert count(store.now + timedelta(hours=1)) == 0
-    # A SQLite store has one service: under another name, it goes on where that one stopped.
+    # A SQLite store has one service, so that a new name continues the count of the old name.
     of_other = 3 if store.db.dialect.kind is DatabaseKind.SQLITE else 0
     assert reports.count_unfinished_starts(store.db, Owner("other", 1, "t"), begun) == of_other
 

@@ -30,7 +30,7 @@ TOLD = (
 )
 
 
-def test_a_start_tells_its_peers_engines_slots_and_version(store: ServiceStore) -> None:
+def test_a_start_records_its_engines_slots_and_version(store: ServiceStore) -> None:
     instances.claim(
         store.db,
         boot(engines=("demo", "codex"), max_running=4, version="0.2.0"),
@@ -40,7 +40,7 @@ def test_a_start_tells_its_peers_engines_slots_and_version(store: ServiceStore) 
     assert store.rows(TOLD) == [('["codex","demo"]', 4, "0.2.0", None, None, None, None, None)]
 
 
-def test_a_renewal_replaces_the_engines_that_the_start_told(store: ServiceStore) -> None:
+def test_a_renewal_replaces_the_engines_that_the_start_recorded(store: ServiceStore) -> None:
     instances.renew(store.db, store.owner, engines=("new", "demo"))
 
     assert store.rows("SELECT engines FROM instance") == [('["demo","new"]',)]
@@ -229,7 +229,7 @@ def test_the_lease_ends_by_the_clock_of_the_database(
 def in_threads(
     store: ServiceStore, count: int
 ) -> Iterator[Callable[[Callable[[], object]], Future[object]]]:
-    """Yield what runs a use in a thread with a connection of its own."""
+    """Yield a function that runs a use case in a new thread with its own connection."""
 
     def alone(use: Callable[[], object]) -> object:
         try:

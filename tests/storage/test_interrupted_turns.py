@@ -22,7 +22,7 @@ QUESTIONS = {None: NOTHING, "OPEN": Fact.PENDING, "ANSWERED": Fact.REPLY, "DELIV
 
 
 def with_a_process() -> Iterator[tuple[RunStatus, Profile | None, Fact, str | None]]:
-    """Every kind of run whose process can live: it runs, or it waits inside a sticky process."""
+    """Yield every kind of run that can have a live process."""
     facts = (Fact.HANDLE, Fact.CANCEL, Fact.REQUEUE)
     for status, profile, question, *held in product(
         (RunStatus.RUNNING, RunStatus.WAITING_USER),
@@ -31,7 +31,7 @@ def with_a_process() -> Iterator[tuple[RunStatus, Profile | None, Fact, str | No
         *((NOTHING, fact) for fact in facts),
     ):
         if status is RunStatus.WAITING_USER and profile is Profile.RESUMABLE:
-            continue  # it waits without a process
+            continue  # the run waits without a process
         yield status, profile, reduce(or_, held, QUESTIONS[question]), question
 
 
@@ -73,7 +73,7 @@ def store_run(
 
 
 def expected(rule: Rule, facts: Fact, question: str | None) -> tuple[object, ...]:
-    """Status, error, sentence, session, question: what the rule makes of the run."""
+    """Return status, error, message, session and question of the run after a rule."""
     unfinished = question in {"OPEN", "ANSWERED"}
     return (
         rule.becomes,
@@ -113,7 +113,7 @@ def test_every_interrupted_turn_ends_as_the_matrix_says(store: ServiceStore) -> 
 
 
 def outcome(store: ServiceStore, run: Run) -> tuple[object, ...]:
-    """Status, error, session, question: what became of the run."""
+    """Return status, error, session and question of the run."""
     asked = store.rows("SELECT state FROM interaction WHERE run = ?", run.key)
     return (
         run.status,

@@ -35,12 +35,12 @@ def tokens(calls: int) -> Usage:
 def record(calls: int) -> Line:
     """Return a line of Codex with its total of all calls."""
     total = {"input_tokens": 100, "cached_input_tokens": 40, "output_tokens": 20}
-    told = {name: number * calls for name, number in total.items()}
-    return {"type": "token_usage_record", "payload": {"thread_token_usage": told}}
+    totals = {name: number * calls for name, number in total.items()}
+    return {"type": "token_usage_record", "payload": {"thread_token_usage": totals}}
 
 
 class Killed:
-    """Runs of Codex with one session, and what a recovery counts of them."""
+    """Runs of Codex with one session, whose agents are killed and whose calls a recovery counts."""
 
     def __init__(self, store: ServiceStore, folder: Path) -> None:
         self.store = store
@@ -51,12 +51,12 @@ class Killed:
         )
 
     def call(self, total: int) -> None:
-        """Store a call, after which the session has so many."""
+        """Store a call in the session file, which then has `total` calls."""
         with self.session.file.open("ab") as file:
             file.write(text_of([record(total)]))
 
     def run(self, turn: Turn) -> Turn:
-        """Let the agent of a turn run."""
+        """Record that the agent of a turn runs."""
         launch, owner = turn.launch, self.store.owner
         launch_records.record_gated(self.store.db, launch, owner=owner, pid=7, start_ticks=9)
         launch_records.record_running(self.store.db, launch, owner=owner)
@@ -79,7 +79,7 @@ class Killed:
     def count(
         self, found: dict[int, FoundEnd] | None = None, stop: StopSignal | None = None
     ) -> dict[int, TurnUsage]:
-        """Return what a recovery counts."""
+        """Return the usage that a recovery counts."""
         engine = Engine(
             name="demo",
             command=("agent",),

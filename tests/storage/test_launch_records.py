@@ -109,7 +109,7 @@ def test_a_newer_epoch_fences_every_step(store: ServiceStore, step: Callable[...
 
     with pytest.raises(Fenced):
         step(store, turn, owner=old)
-    with pytest.raises(Fenced):  # nor may the newer one go on with it
+    with pytest.raises(Fenced):  # nor may the newer epoch continue the launch
         step(store, turn)
 
     assert store.dump() == before
@@ -296,7 +296,7 @@ def test_a_close_that_is_cut_off_has_closed_whole_batches(store: ServiceStore) -
     ]
 
 
-# -- whose launches ----------------------------------------------------------------------------
+# -- owners of launches ----------------------------------------------------------------------------
 
 
 def test_a_start_ends_launches_of_earlier_epochs_and_a_stop_its_own_too(
@@ -360,7 +360,7 @@ def test_the_sweep_covers_ended_launches_that_may_have_left_processes(store: Ser
     assert keys_to_sweep(store, seconds=0) == [pending.launch.key, closed.launch.key]
 
 
-def test_the_sweep_knows_which_launches_hold_their_runs_back(store: ServiceStore) -> None:
+def test_the_sweep_knows_which_launches_block_their_runs(store: ServiceStore) -> None:
     pending, closed = store.running(), store.running()
     close(store, pending, LEFT)
     close(store, closed)
@@ -397,7 +397,7 @@ def test_processes_that_the_sweep_ended_are_added_to_the_count(store: ServiceSto
     assert keys_to_sweep(store, seconds=0) == [pending.launch.key, closed.launch.key]
 
 
-def test_a_closed_launch_that_is_found_alive_holds_its_run_back_again(store: ServiceStore) -> None:
+def test_a_closed_launch_that_is_found_alive_blocks_its_run_again(store: ServiceStore) -> None:
     turn = store.running()
     close(store, turn)
 
@@ -438,7 +438,7 @@ def test_a_launch_whose_run_is_gone_is_listed_by_its_key(store: ServiceStore) ->
     assert left.run_id == f"#{turn.run.key}"
 
 
-def test_the_processor_time_of_a_process_is_its_own_and_that_for_the_system() -> None:
+def test_the_processor_time_of_a_process_is_its_user_time_and_its_system_time() -> None:
     used = ResourceUse(user_us=1_500_000, system_us=250_000, max_rss_kib=1)
 
     assert used.cpu_s == 1.75

@@ -1,4 +1,4 @@
-"""After lost commits, an integer key may belong to another run: a turn writes only its own run."""
+"""A turn writes only its own run, even if lost commits have given the run's key to another run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = ("run_event", "run_label", "interaction", "process_lease", "run")
 
 
 def give_key_away(store: ServiceStore, turn: Turn) -> None:
-    """Lose the run and its launch, and give their keys to those of another caller."""
+    """Delete the run and its launch, and give their keys to a run and launch of another caller."""
     other = store.running(profile=Profile.STICKY_PROCESS, run_id="of another caller")
     with store.db.transaction():
         for table in ROWS:
@@ -43,7 +43,7 @@ def lose(store: ServiceStore, turn: Turn) -> None:
 
 
 def create_again(store: ServiceStore, turn: Turn) -> None:
-    """Lose the run, and have its caller create it anew by the same request."""
+    """Delete the run, and let its caller create it again by the same request."""
     lose(store, turn)
     again = store.running(profile=Profile.STICKY_PROCESS, run_id=turn.run.run_id)
     assert (again.run.key, again.run.attempt) == (again.launch.run_key, 1)

@@ -55,9 +55,9 @@ Damage = Callable[[Path], None]
 
 @contextmanager
 def opened(data_dir: Path) -> Iterator[Database]:
-    """Open a store, and close every connection to it also when it has lost a file.
+    """Open a store, and close every connection to it at the end.
 
-    With a lost file the store itself leaves them open.
+    A store that has lost a file leaves its connections open by itself.
     """
     db = open_database("", data_dir)
     peewee: Any = db.peewee
@@ -79,7 +79,7 @@ def opened(data_dir: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def db(tmp_path: Path) -> Iterator[Database]:
-    """A store in use, with one acknowledged write that is in the log only."""
+    """An open store, with one acknowledged write that is only in the log."""
     with opened(tmp_path) as db:
         db.watch_files()
         with db.transaction():
@@ -92,7 +92,7 @@ def add(db: Database, name: str) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Return the files of a store, but for the index, into which also readers write."""
+    """Return the content of a store's files, except for the index, into which readers write too."""
     files = [path for path in directory.iterdir() if not path.name.endswith("-shm")]
     return {path.name: path.read_bytes() for path in files}
 
@@ -240,7 +240,7 @@ def test_a_rescue_that_cannot_be_written_returns_no_copy(db: Database, tmp_path:
 
 
 def test_other_connections_that_empty_the_wal_lose_nothing(db: Database, tmp_path: Path) -> None:
-    """Other connections, of this process and of others, come and go, and empty the log."""
+    """Connections of this process and of others are opened and closed, and empty the log."""
     with ThreadPoolExecutor(4) as pool:
         for n in range(20):
             with db.transaction():
@@ -271,7 +271,7 @@ def backup_sqlite_elsewhere(path: Path) -> None:
 def test_a_directory_that_cannot_be_searched_for_a_while_is_not_lost(
     db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As root there is no directory that cannot be searched."""
+    """The refusal is simulated, because root can search every directory."""
 
     def denied(path: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -332,7 +332,7 @@ overwritten = pytest.mark.parametrize(
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Iterator[Database]:
-    """A store in use, whose log was copied into the file, and has a commit since."""
+    """An open store, whose log was copied into the file, with one commit since then."""
     with opened(tmp_path) as db:
         for n in range(20):
             with db.transaction():
@@ -429,8 +429,10 @@ def test_a_file_that_is_only_touched_is_not_lost(copied: Database, tmp_path: Pat
 def test_heavy_writing_with_small_checkpoints_is_not_taken_for_damage(
     tmp_path: Path, pages: int
 ) -> None:
-    """Other threads look all the time, while SQLite begins its log anew, cuts it short, and gives
-    pages of the file back."""
+    """SQLite restarts its log, truncates it, and returns pages of the file.
+
+    Meanwhile other threads check the files all the time.
+    """
     with opened(tmp_path) as db:
         db.watch_files()
         ended = threading.Event()

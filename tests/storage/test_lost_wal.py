@@ -30,7 +30,7 @@ def receipts(db: Database) -> int:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Return the files of a store, but for the index, into which also readers write."""
+    """Return the content of a store's files, except for the index, into which readers write too."""
     files = [path for path in directory.iterdir() if not path.name.endswith("-shm")]
     return {path.name: path.read_bytes() for path in files}
 
@@ -43,7 +43,7 @@ def reason(directory: Path) -> str:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """What a service leaves that was killed after five commits, all of them in the log."""
+    """The directory of a service that was killed after five commits, all of them in the log."""
     living = tmp_path / "living"
     living.mkdir()
     open_database("", living).close()
@@ -194,8 +194,7 @@ def test_a_marker_that_cannot_be_written_fails_no_commit(tmp_path: Path) -> None
 
 
 def test_a_kill_at_any_moment_is_not_taken_for_a_lost_wal(tmp_path: Path) -> None:
-    """Writers that empty their log every few commits are killed, and the store opens each time with
-    every acknowledged commit."""
+    """Writers that often empty their log are killed; the store keeps every acknowledged commit."""
     open_database("", tmp_path).close()
 
     command = [sys.executable, str(KILLED_WRITER), str(tmp_path), "12"]

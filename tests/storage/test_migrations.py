@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import peewee as pw
 import pytest
@@ -31,7 +31,7 @@ from support.new_store import contents, migrate_step_by_step, new_store_script
 CHECKSUMS = Path(__file__).with_name("migration_checksums.txt")
 LEASE_STATES = ("INTENT", "RUNNING", "KILL_PENDING", "CLOSED")
 LABELS = ('"no object"', '{"team": "red", "n": 1}', '{"a": "1", "a": "1"}', "{}")
-"""The first and third only damage can make; they must not stop a start."""
+"""Only damage can produce the first and the third; they must not prevent a start."""
 FIRST_LEASE: dict[str, Any] = {
     "attempt": 1, "turn": 1, "instance": "default", "epoch": 1, "host_id": "host",
     "boot_id": "boot", "pid_namespace": 7, "pid": 4242, "start_ticks": 99, "exit_code": -9,
@@ -54,7 +54,7 @@ REPORT: dict[str, Any] = {
     "runs_unchanged": 0, "safe_mode": 0,
 }  # fmt: skip
 First: TypeAlias = tuple[str, dict[str, list[dict[str, Any]]]]
-"""A URL, and what is in the store there."""
+"""The URL of a store, and the content of the store."""
 TABLES = ("run", "interaction", "reconciliation", "process_lease")
 
 
@@ -71,7 +71,7 @@ def insert(db: Database, table: str, row: dict[str, Any]) -> int:
 
 
 def fill(db: Database) -> None:
-    """Store what a killed service of the first version leaves: a launch in every state."""
+    """Store rows as a killed service of the first version leaves them: a launch in every state."""
     with db.transaction():
         insert(db, "reconciliation", REPORT)
         for at, (state, labels) in enumerate(zip(LEASE_STATES, LABELS, strict=True)):
@@ -86,7 +86,7 @@ def fill(db: Database) -> None:
 
 @pytest.fixture
 def first(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> First:
-    """A closed and filled store of the first version: its URL and its content."""
+    """A closed store of the first version with rows in it: its URL and its content."""
     only = tmp_path / "migrations"
     only.mkdir()
     shutil.copy(migrate.MIGRATIONS / "0001_initial.py", only)
@@ -115,6 +115,64 @@ def store(first: First, tmp_path: Path) -> Iterator[ServiceStore]:
     db.close()
 
 
+ADDED: Final = {
+    ("interaction", "wait_deadline_at", None),
+    ("reconciliation", "cause", "STARTUP"),
+    ("reconciliation", "containment", None),
+    ("reconciliation", "recovered_instance", None),
+    ("reconciliation", "trust_removals", None),
+    *(
+        ("process_lease", name, None)
+        for name in ("watermark", "cgroup", "user_us", "system_us", "max_rss_kib", "orphans")
+    ),
+    ("interaction", "auto_decided", 0),
+    ("interaction", "tool_call", None),
+    ("interaction", "replied_by", None),
+    ("run", "created_by", None),
+    ("run", "canceled_by", None),
+    ("run", "traceparent", None),
+    ("run", "event_count", 1),
+    ("run", "auto_decided_count", 0),
+    ("run", "max_resumes", 0),
+    ("run", "resume_count", 0),
+    ("run", "questions_before", 0),
+    ("run", "resume_due_us", None),
+    ("run", "input_tokens", 0),
+    ("run", "cached_input_tokens", 0),
+    ("run", "cache_write_input_tokens", 0),
+    ("run", "output_tokens", 0),
+    ("run", "reasoning_output_tokens", 0),
+    ("run", "cost_nanos", None),
+    ("run", "model", None),
+    ("run", "session_usage", None),
+    ("run", "max_tokens", None),
+    ("run", "max_cost_nanos", None),
+    ("process_lease", "usage", None),
+    ("run", "resume_at", None),
+    ("run", "interrupted_at", None),
+    ("run", "interrupted_by", None),
+    *(
+        ("run", name, None)
+        for name in (
+            "session_timeout_us",
+            "require_user_reply",
+            "max_run_us",
+            "run_deadline_at",
+            "reopenable_until",
+            "retired_type",
+            "retired_value",
+            "wait_due_us",
+            "run_due_us",
+            "reopen_due_us",
+            "due_clock",
+            "session_mark",
+            "session_reason",
+        )
+    ),
+}
+"""The columns that later versions have added, with their value in migrated rows."""
+
+
 def test_a_migration_keeps_everything_that_the_first_version_stored(
     first: First, store: ServiceStore
 ) -> None:
@@ -136,61 +194,7 @@ def test_a_migration_keeps_everything_that_the_first_version_stored(
     assert {table: len(rows) for table, rows in after.items()} == {
         "run": 4, "interaction": 4, "reconciliation": 1, "process_lease": 4
     }  # fmt: skip
-    assert added == {
-        ("interaction", "wait_deadline_at", None),
-        ("reconciliation", "cause", "STARTUP"),
-        ("reconciliation", "containment", None),
-        ("reconciliation", "recovered_instance", None),
-        ("reconciliation", "trust_removals", None),
-        *(
-            ("process_lease", name, None)
-            for name in ("watermark", "cgroup", "user_us", "system_us", "max_rss_kib", "orphans")
-        ),
-        ("interaction", "auto_decided", 0),
-        ("interaction", "tool_call", None),
-        ("interaction", "replied_by", None),
-        ("run", "created_by", None),
-        ("run", "canceled_by", None),
-        ("run", "traceparent", None),
-        ("run", "event_count", 1),
-        ("run", "auto_decided_count", 0),
-        ("run", "max_resumes", 0),
-        ("run", "resume_count", 0),
-        ("run", "questions_before", 0),
-        ("run", "resume_due_us", None),
-        ("run", "input_tokens", 0),
-        ("run", "cached_input_tokens", 0),
-        ("run", "cache_write_input_tokens", 0),
-        ("run", "output_tokens", 0),
-        ("run", "reasoning_output_tokens", 0),
-        ("run", "cost_nanos", None),
-        ("run", "model", None),
-        ("run", "session_usage", None),
-        ("run", "max_tokens", None),
-        ("run", "max_cost_nanos", None),
-        ("process_lease", "usage", None),
-        ("run", "resume_at", None),
-        ("run", "interrupted_at", None),
-        ("run", "interrupted_by", None),
-        *(
-            ("run", name, None)
-            for name in (
-                "session_timeout_us",
-                "require_user_reply",
-                "max_run_us",
-                "run_deadline_at",
-                "reopenable_until",
-                "retired_type",
-                "retired_value",
-                "wait_due_us",
-                "run_due_us",
-                "reopen_due_us",
-                "due_clock",
-                "session_mark",
-                "session_reason",
-            )
-        ),
-    }
+    assert added == ADDED
     assert applied_migrations(store.db) == sorted(migrate.known_migrations())
 
 
@@ -221,9 +225,9 @@ def test_runs_of_the_first_version_are_found_by_label(store: ServiceStore) -> No
 def test_a_run_of_the_first_version_has_a_created_event(store: ServiceStore) -> None:
     run = runs.get(store.db, "run-3")
 
-    told = events.events_after(store.db, run, 0)
+    found = events.events_after(store.db, run, 0)
 
-    assert [(event.sequence, event.kind) for event in told] == [(1, RunEventKind.CREATED)]
+    assert [(event.sequence, event.kind) for event in found] == [(1, RunEventKind.CREATED)]
 
 
 def test_a_report_of_the_first_version_reads_as_the_report_of_a_start(store: ServiceStore) -> None:
@@ -304,7 +308,7 @@ def test_a_second_launch_of_one_turn_is_refused_after_a_migration(store: Service
         )
 
 
-def test_a_first_start_makes_what_the_steps_make(tmp_path: Path) -> None:
+def test_a_first_start_creates_the_same_tables_as_the_steps(tmp_path: Path) -> None:
     open_database("", tmp_path).close()
     by_steps = tmp_path / "by_steps"
     migrate_step_by_step(by_steps)
@@ -325,8 +329,8 @@ def test_a_first_start_makes_what_the_steps_make(tmp_path: Path) -> None:
     assert NEW_SQLITE_STORE.read_text() == new_store_script()
 
 
-def test_a_step_that_databases_may_have_is_not_edited_any_more() -> None:
-    """A database that has a step refuses every other text of it. A new step needs a new line."""
+def test_a_step_that_databases_may_have_is_never_edited() -> None:
+    """A database refuses a step whose text has changed. A new step needs a new line."""
     lines = CHECKSUMS.read_text().splitlines()
 
     assert migrate.known_migrations() == {

@@ -1,4 +1,4 @@
-"""A version works on a store that a newer one has migrated, if each new step allows it."""
+"""A version works on a store that a newer version has migrated, if each new step allows it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_lost_record_of_a_known_step_is_refused_beside_an_accepted_one() -> No
 def migrated_by_newer(
     url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, declared: str = ""
 ) -> None:
-    """Migrate a store as a version does that has one more step."""
+    """Migrate a store as a version with one more step does."""
     steps = folder / "newer"
     shutil.copytree(migrate.MIGRATIONS, steps)
     (steps / "9999_newer.py").write_text(STEP.format(declared=declared))
@@ -91,14 +91,14 @@ def test_a_store_with_a_newer_step_that_declares_nothing_is_refused(
 
 
 def become_older(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the last step, as a version does that is older than the store."""
+    """Make this version forget its last step, so that it is older than the store."""
     *older, _ = sorted(migrate.MIGRATIONS.glob("[0-9]*.py"))
     for step in older:
         shutil.copy(step, folder)
     monkeypatch.setattr(migrate, "MIGRATIONS", folder)
 
 
-def test_what_a_step_declares_is_not_undone_by_another_step_after_that_version() -> None:
+def test_every_later_step_declares_a_version_at_least_as_old() -> None:
     declared = {
         step.stem: since[1].decode() if since else None
         for step in sorted(migrate.MIGRATIONS.glob("[0-9]*.py"))
@@ -114,12 +114,12 @@ def test_what_a_step_declares_is_not_undone_by_another_step_after_that_version()
 @pytest.mark.parametrize(
     "words", ["status = 'PAUSED'", "restart_policy = 'LATER'"], ids=["status", "policy"]
 )
-def test_a_start_leaves_runs_with_words_of_a_newer_version_alone(
+def test_a_start_leaves_runs_with_values_of_a_newer_version_alone(
     store: ServiceStore, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.create()
     store.db.execute(f"UPDATE run SET {words}")  # noqa: S608
-    assert not has_newer_words(store.db, store.owner.instance)  # damage: the recovery quarantines
+    assert not has_newer_words(store.db, store.owner.instance)  # then it is damage
     before = store.dump("run")
     become_older(tmp_path, monkeypatch)
 
@@ -128,7 +128,7 @@ def test_a_start_leaves_runs_with_words_of_a_newer_version_alone(
     with pytest.raises(DatabaseRefused) as refusal:
         demand_known_words(store.db, store.owner.instance)
     assert str(refusal.value).endswith(
-        "has runs of instance 'default' that a newer version wrote; start that one"
+        "has runs of instance 'default' of a newer version; start that version"
     )
     assert before == store.dump("run")
 

@@ -45,7 +45,7 @@ def refusal(directory: Path, url: str = "") -> str:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A directory with a closed store of ours."""
+    """A directory with a closed store of the service."""
     open_database("", tmp_path).close()
     return tmp_path
 
@@ -83,7 +83,7 @@ def test_a_store_with_an_edited_migration_is_refused(
         db.execute("UPDATE migration_checksum SET checksum = 'other'")
     db.close()
 
-    assert f"step {next(iter(known_migrations()))} is not" in refusal(tmp_path, url)
+    assert f"step {next(iter(known_migrations()))} has changed" in refusal(tmp_path, url)
 
 
 @pytest.mark.parametrize("lost", ["name IS NOT NULL", "name = '0001_initial'"])
@@ -122,13 +122,13 @@ def test_a_postgresql_database_with_another_programs_table_run_is_refused(
 ) -> None:
     url = new_database_url()
     if not url:
-        pytest.skip("SQLite tells by its header")
+        pytest.skip("SQLite identifies a store by its header")
     db = open_database(url, tmp_path)
     for table in ("schema_migration", "migration_checksum"):
         db.execute(f"DROP TABLE {table}")
     db.close()
 
-    assert "not ours" in refusal(tmp_path, url)
+    assert "not of runrecovery" in refusal(tmp_path, url)
 
 
 # -- PostgreSQL --------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_only_the_owner_can_read_the_files(tmp_path: Path) -> None:
     assert {0o600} == set(modes.values())
 
 
-# Literal, not our own table: a test that compares the table with itself accepts NORMAL.
+# Literal: a comparison with the service's own table would accept every value in the table.
 DURABLE_SETTINGS = {
     "journal_mode": "wal",
     "synchronous": 2,  # FULL
@@ -367,7 +367,7 @@ DURABLE_SETTINGS = {
 
 
 def settings_of(db: Database) -> dict[str, object]:
-    """Return what the calling thread's connection answers."""
+    """Return the settings of the calling thread's connection."""
     rows = {name: db.fetch_one(f"PRAGMA {name}") for name in DURABLE_SETTINGS}
     return {name: row and row[0] for name, row in rows.items()}
 
@@ -465,7 +465,7 @@ def test_a_removed_or_replaced_lock_file_is_noticed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def locks(made: Path) -> Iterator[list[Lock]]:
-    """Locks of an open store, which is in use."""
+    """The locks of an open store."""
     held: list[Lock] = []
     with closing(open_database("", made, locks=held)) as db, db.transaction():
         db.execute("UPDATE run SET version = version")

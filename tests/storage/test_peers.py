@@ -1,4 +1,4 @@
-"""What an instance sees of the others on its database."""
+"""The list of the instances on one database."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from storage.service_store import ServiceStore, boot
 
 
 def by_name(store: ServiceStore) -> dict[str, InstanceState]:
-    """Return what the database knows of each instance."""
+    """Return the listed state of each instance, by name."""
     return {state.name: state for state in peers.list_instances(store.db)}
 
 

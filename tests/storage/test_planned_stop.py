@@ -1,4 +1,4 @@
-"""A planned stop makes the decisions of the next start, and leaves it nothing to decide."""
+"""A planned stop makes the decisions of the next start, which then has nothing to decide."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ PROVED = Containment(level=ContainmentLevel.WATERMARK, detail="found")
 
 
 def shut_down(store: ServiceStore, **named: Any) -> Tally:
-    """Decide every run as a planned stop does."""
+    """Decide on every run as a planned stop does."""
     return store.apply_recovery(cause=Cause.SHUTDOWN, **named)
 
 
@@ -111,14 +111,14 @@ def test_a_start_does_not_decide_runs_of_its_own_epoch(store: ServiceStore) -> N
 def test_the_next_start_finds_every_run_unchanged(store: ServiceStore) -> None:
     made = one_of_each(store)
     shut_down(store)
-    before, told = store.decided(), [store.get(run).recovery for run in made]
+    before, recoveries = store.decided(), [store.get(run).recovery for run in made]
 
     tally = store.recover()
 
     # Two queued for another turn, and one that waits; everything else has ended.
     assert (tally.scanned, tally.unchanged, tally.decisions) == (3, 3, {})
     assert store.decided() == before
-    assert [store.get(run).recovery for run in made] == told
+    assert [store.get(run).recovery for run in made] == recoveries
     assert store.rows("SELECT DISTINCT owner_epoch FROM run WHERE ended_at IS NULL") == [
         (store.owner.epoch,)
     ]
@@ -211,8 +211,8 @@ def test_a_stop_that_is_cut_off_at_any_statement_is_completed_by_the_next_start(
 # -- the whole reconciliation ------------------------------------------------------------------
 
 
-def nobody_found(leases: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
-    """A sweep that finds one process of each launch."""
+def one_process_ended(leases: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
+    """Return an ending in which one process of each launch was found and ended."""
     return {lease.key: Ending(found=1, ended=1, gone=True) for lease in leases}
 
 
@@ -220,7 +220,7 @@ def make_recovery(
     store: ServiceStore,
     cause: Cause,
     *,
-    sweep: Callable[[Sequence[LaunchRecord]], Mapping[int, Ending]] = nobody_found,
+    sweep: Callable[[Sequence[LaunchRecord]], Mapping[int, Ending]] = one_process_ended,
     clear_trust: ClearTrust = clear_nothing,
     limits: RecoveryLimits | None = None,
 ) -> Recovery:
@@ -270,8 +270,12 @@ def test_a_start_forgets_adopted_deliveries_of_webhooks_that_are_not_configured(
         recovered(store, Cause.STARTUP)
 
     assert store.rows("SELECT webhook, instance FROM webhook_delivery") == [("kept", "other")]
-    (told,) = [line for line in logs if line["event"] == "webhook.forgotten"]
-    assert (told["log_level"], told["webhook"], told["deliveries"]) == ("warning", "renamed", 1)
+    (forgotten,) = [line for line in logs if line["event"] == "webhook.forgotten"]
+    assert (forgotten["log_level"], forgotten["webhook"], forgotten["deliveries"]) == (
+        "warning",
+        "renamed",
+        1,
+    )
 
 
 def fail_to_sweep(leases: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
@@ -299,14 +303,14 @@ def test_the_report_of_a_stop_has_its_cause_and_no_containment(store: ServiceSto
 def test_the_report_of_a_stop_counts_the_processes_that_it_ended(store: ServiceStore) -> None:
     turn = store.running()
     stop = recovered(store, Cause.SHUTDOWN)
-    (told,) = decisions.history(store.db, turn.run.run_id)
+    (decision,) = decisions.history(store.db, turn.run.run_id)
     store.restart()
     start = recovered(store, Cause.STARTUP)
 
     assert (stop.orphans.found, stop.orphans.ended) == (1, 1)
     assert (start.orphans.found, start.orphans.ended) == (0, 0)
-    assert told.processes_ended == 1
-    assert decisions.history(store.db, turn.run.run_id) == (told,)
+    assert decision.processes_ended == 1
+    assert decisions.history(store.db, turn.run.run_id) == (decision,)
     assert launch_records.unclosed_launches(store.db, store.owner, before=store.owner.epoch) == []
 
 
@@ -325,8 +329,8 @@ def test_the_next_start_reports_what_a_stop_ended_before_it_was_cut_off(
 
     recovered(store, Cause.STARTUP)
 
-    (told,) = decisions.history(store.db, turn.run.run_id)
-    assert (told.recovery_reason, told.processes_ended) == ("running_interrupted", 1)
+    (decision,) = decisions.history(store.db, turn.run.run_id)
+    assert (decision.recovery_reason, decision.processes_ended) == ("running_interrupted", 1)
 
 
 def test_a_stop_that_fails_is_reported_and_the_next_start_decides(store: ServiceStore) -> None:
@@ -381,10 +385,10 @@ def test_a_recovery_logs_decisions_up_to_a_limit(
     one_of_each(store)
     store.restart()
 
-    with structlog.testing.capture_logs() as told:
+    with structlog.testing.capture_logs() as events:
         report = recovered(store, Cause.STARTUP, limits=limits_of(3, batch_rows=2))
 
-    logged = [event for event in told if event["event"] == "recovery.run_decided"]
+    logged = [event for event in events if event["event"] == "recovery.run_decided"]
     assert (report.runs_scanned, len(logged)) == (10, 3)
 
 
@@ -466,12 +470,12 @@ def test_removed_trust_entries_are_in_the_report(store: ServiceStore, cause: Cau
     taken = tuple(map(removal, range(150)))
     done = TrustClearing(removals=taken, failures=("/g: not_parsable: at line 1",))
 
-    def clear(db: Database, told: RecordRemovals, enough: Callable[[], bool]) -> TrustClearing:
-        told(db, taken[:70])
-        told(db, taken[70:])
+    def clear(db: Database, record: RecordRemovals, is_over: Callable[[], bool]) -> TrustClearing:
+        record(db, taken[:70])
+        record(db, taken[70:])
         return done
 
-    recovered(store, cause, clear_trust=clear)  # nothing else was there to do
+    recovered(store, cause, clear_trust=clear)  # there is nothing else to do
 
     ((stored),) = reports.report_page(store.db, after=None, limit=9).rows
     assert stored.state is ReconciliationState.COMPLETED
@@ -498,9 +502,9 @@ class Killed(BaseException):
 def test_trust_entries_removed_before_a_kill_are_in_the_report_of_the_killed_start(
     store: ServiceStore,
 ) -> None:
-    def clear(db: Database, told: RecordRemovals, enough: Callable[[], bool]) -> TrustClearing:
+    def clear(db: Database, record: RecordRemovals, is_over: Callable[[], bool]) -> TrustClearing:
         with db.transaction():
-            told(db, (removal(0),))
+            record(db, (removal(0),))
         raise Killed
 
     with pytest.raises(Killed):
@@ -518,8 +522,8 @@ def test_the_removal_of_trust_entries_gets_the_time_that_is_left(
     monkeypatch.setattr(reconcile, "TRUST_S", seconds)
     asked = []
 
-    def clear(db: Database, told: RecordRemovals, enough: Callable[[], bool]) -> TrustClearing:
-        asked.append(enough())
+    def clear(db: Database, record: RecordRemovals, is_over: Callable[[], bool]) -> TrustClearing:
+        asked.append(is_over())
         return TrustClearing()
 
     recovered(store, Cause.STARTUP, clear_trust=clear)
@@ -546,6 +550,6 @@ def test_a_page_of_reports_is_bounded_by_their_size(store: ServiceStore) -> None
     ids = [report.reconciliation_id for page in pages for report in page]
     assert len(set(ids)) == len(ids) == 12
     with store.db.transaction():
-        longer = json.dumps(json.loads(text) * 5)  # more than a page may hold
+        longer = json.dumps(json.loads(text) * 5)  # more than a page may have
         store.db.execute("UPDATE reconciliation SET trust_removals = ?", (longer,))
     assert len(reports.report_page(store.db, after=None, limit=1000).rows) == 1

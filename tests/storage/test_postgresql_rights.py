@@ -34,7 +34,7 @@ def role(postgresql_url: str) -> Iterator[str]:
 
 @pytest.fixture
 def empty_url(_postgres: ScratchPostgres, role: str) -> Iterator[str]:
-    """The URL of the server's owner to a database without tables."""
+    """A URL of a database without tables, with the role that owns the server."""
     name = f"of_{role}"
     url = _postgres.create(name)
     yield url
@@ -43,13 +43,13 @@ def empty_url(_postgres: ScratchPostgres, role: str) -> Iterator[str]:
 
 
 def url_of(role: str, url: str, more: str = "") -> str:
-    """Return the URL with which a role comes to the database of a URL."""
+    """Return the URL of the same database for another role."""
     named = conninfo_to_dict(url)
     return f"postgresql://{role}@/{named['dbname']}?host={named['host']}{more}"
 
 
 def refused_alike(url: str, directory: Path) -> str:
-    """Return why a start on this database is refused, which `check` must say as well."""
+    """Return why a start on this database is refused, and demand that `check` reports the same."""
     found = postgresql_problems(url)
     with pytest.raises(DatabaseRefused) as refused:
         open_database(url, directory).close()
@@ -100,7 +100,7 @@ def test_a_search_path_without_a_schema_is_refused(postgresql_url: str, tmp_path
 def test_a_table_of_another_owner_is_refused(empty_url: str, tmp_path: Path, name: str) -> None:
     administer(empty_url, f"CREATE TABLE {name} (x int)")
 
-    assert refused_alike(empty_url, tmp_path) == f"has a table `{name}` that is not ours"
+    assert refused_alike(empty_url, tmp_path) == f"has a table `{name}` that is not of runrecovery"
 
 
 # -- a database with the service's tables ----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The limit of queued runs, which holds although the queue is seldom counted."""
+"""The limit of queued runs is kept, although the queue is seldom counted."""
 
 from __future__ import annotations
 

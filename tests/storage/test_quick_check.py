@@ -31,7 +31,7 @@ def break_page(file: Path, of: str) -> None:
 
 
 def make(folder: Path, *, stopped_in_order: bool) -> Path:
-    """Make a store that a service has left."""
+    """Create a store as a service leaves it after a planned stop or a crash."""
     with closing(open_database("", folder)) as db:
         owner = instances.claim(db, boot(), now=ServiceStore.now)
         if stopped_in_order:

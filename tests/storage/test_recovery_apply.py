@@ -1,4 +1,4 @@
-"""A restart decides every run once, in batches, also when it is cut off at any statement."""
+"""A restart decides on every run once, in batches, even if it is killed at any statement."""
 
 from __future__ import annotations
 
@@ -317,21 +317,21 @@ def test_of_600_runs_only_the_one_that_the_database_refuses_is_quarantined(
         made = [store.create() for _ in range(600)]
     spoiled = made[417]
     forge_decision(store, spoiled)
-    told: list[Tally] = []
+    written: list[Tally] = []
 
-    tally = store.recover(report=lambda db, tally: told.append(tally))
+    tally = store.recover(report=lambda db, tally: written.append(tally))
 
     assert (
         tally.scanned, tally.quarantined, tally.decisions["queued_interrupted"]
     ) == (600, 1, 599)  # fmt: skip
-    assert tally == sum(told, Tally())
+    assert tally == sum(written, Tally())
     assert ((spoiled.run_id, "convergence_refused"),) == tally.damaged
     assert store.rows("SELECT count(*) FROM run WHERE status = 'FAILED'") == [(599,)]
     got = store.get(spoiled)
     assert got.quarantined
     ((reason, detail),) = store.rows("SELECT reason, detail FROM quarantine")
     assert reason == "convergence_refused"
-    assert detail == "IntegrityError"  # the kind only: its text may quote the row
+    assert detail == "IntegrityError"  # only the kind, because the text may quote the row
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 9])
@@ -400,7 +400,7 @@ def test_a_batch_is_rolled_back_when_its_report_cannot_be_written(store: Service
 
 
 class Meddling(Database):
-    """Calls `meddle` once, in the middle of a batch: right after it has been decided."""
+    """Calls `meddle` once in the middle of a batch, right after the batch was decided."""
 
     meddle: Callable[[], None] | None = None
 
@@ -488,10 +488,10 @@ def test_decisions_of_a_batch_are_listed_up_to_a_limit(store: ServiceStore) -> N
     assert batch is not None
     recovery_apply.apply_batch(store.db, scope, batch, report=lambda db, tally: None)
 
-    told = decisions.decisions_of_batch(store.db, scope.reconciliation_key, batch, limit=3)
+    listed = decisions.decisions_of_batch(store.db, scope.reconciliation_key, batch, limit=3)
 
     assert [(run.run_id, rule) for run, rule in zip(made, REASONS, strict=True)][:3] == [
-        (row[0], row[1]) for row in told
+        (row[0], row[1]) for row in listed
     ]
     assert decisions.decisions_of_batch(store.db, scope.reconciliation_key, batch, limit=0) == []
 

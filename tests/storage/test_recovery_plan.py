@@ -1,4 +1,4 @@
-"""A plan is what the next restart decides, run by run and in total, and changes nothing."""
+"""A plan shows the decisions of the next restart, run by run and in total; it changes nothing."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def planner(
 
 
 def each(look: Callable[[StoredHandle], SessionFinding]) -> SessionCheck:
-    """A check that looks at one handle after the other."""
+    """Return a check that calls `look` for one handle after the other."""
     return SessionCheck(lambda handles: [look(stored) for stored in handles])
 
 
 def all_are(reason: SessionReason) -> SessionCheck:
-    """A check that finds the same everywhere."""
+    """Return a check with the same finding for every handle."""
     return each(lambda stored: FOUND[reason])
 
 
@@ -94,7 +94,7 @@ def totals_of(store: ServiceStore, made: Planner) -> RecoveryPlan:
 
 
 def one_of_each(store: ServiceStore) -> list[Run]:
-    """A run in every situation that a restart tells apart."""
+    """Create a run in every situation that a restart distinguishes."""
     replied = store.waiting()
     store.reply(replied)
     held = store.take()
@@ -212,7 +212,7 @@ def test_a_plan_uses_the_session_checks_of_the_engines(store: ServiceStore) -> N
         return FOUND[SessionReason.WHOLE if there else SessionReason.MISSING]
 
     demand_plan_comes_true(store, {"checked": each(look)})
-    gone.clear()  # it failed them; their sessions come back too late
+    gone.clear()  # the restart has failed the runs: their sessions come back too late
     demand_plan_comes_true(store, {"checked": each(look)})
 
 
@@ -312,7 +312,7 @@ def test_a_plan_checks_sessions_after_its_rows_are_read(store: ServiceStore) -> 
 
     page, totals = made.decide(rows)
 
-    assert len(asked) == 3  # each once, also those of the page
+    assert len(asked) == 3  # each once, including those of the page
     assert totals is not None
     assert {count.rule: count.count for count in totals.decisions} == {"session_handle_lost": 3}
     assert [one.decision.rule for one in page.rows] == ["session_handle_lost"] * 2
@@ -397,7 +397,7 @@ async def test_a_plan_that_waits_for_session_files_holds_no_thread_of_the_storag
         await asyncio.to_thread(asked.wait, 60)
 
         async with asyncio.timeout(60):
-            # They wait for each other, on all threads that there are.
+            # These reads need all threads of the storage at the same time.
             await asyncio.gather(
                 *(storage.read(lambda db: all_read.wait(30)) for _ in range(all_read.parties))
             )
@@ -439,7 +439,7 @@ async def test_a_plan_waits_for_the_thread_of_a_plan_whose_call_was_cancelled(
         await asyncio.wait([first])
 
         second = asyncio.create_task(service.plan_recovery(pb.PlanRecoveryRequest()))
-        for _ in range(100):  # time enough for a plan that does not wait
+        for _ in range(100):  # enough time for a plan that would not wait
             await storage.read(lambda db: db.fetch_one("SELECT 1"))
         seen = len(checks)
     finally:

@@ -33,7 +33,7 @@ def reopen(store: ServiceStore, run: Run, handle: str | None = None, **changes: 
 
 
 def lost(store: ServiceStore, *, replied: bool = False, **changes: Any) -> Run:
-    """A run that a restart failed because its session was lost."""
+    """Return a run that a restart failed because its session was lost."""
     run = store.waiting(**changes)
     if replied:
         store.reply(run, "accepted")
@@ -61,7 +61,7 @@ def test_a_failed_wait_waits_again_with_its_question(store: ServiceStore) -> Non
 def test_the_question_of_a_reopened_run_waits_as_long_as_its_engine_says(
     store: ServiceStore,
 ) -> None:
-    """The run itself does not say how long."""
+    """The run itself has no time limit."""
     run = lost(store, require_user_reply=False)
     assert run.session_timeout_s is None
 
@@ -285,7 +285,7 @@ def test_the_deadlines_of_a_reopened_run_begin_anew(store: ServiceStore) -> None
     assert (back.run_deadline_at - store.now).total_seconds() == 100
 
 
-def test_the_deadlines_of_a_reopened_run_pass_when_they_are_shown_to_pass(
+def test_the_deadlines_of_a_reopened_run_pass_at_the_times_that_callers_see(
     store: ServiceStore,
 ) -> None:
     run = lost(store, require_user_reply=False, session_timeout_s=50.0, max_run_s=100.0)
@@ -296,12 +296,12 @@ def test_the_deadlines_of_a_reopened_run_pass_when_they_are_shown_to_pass(
         found = deadlines.passed_deadlines(store.db, store.owner, steady=store.steady, limit=9)
         return [one.kind for one in found]
 
-    told = [passed()]
+    found = [passed()]
     for seconds in (49.9, 0.1, 49.9, 0.1):
         store.advance(seconds)
-        told.append(passed())
+        found.append(passed())
 
-    assert told == [[], [], [DueKind.WAIT], [DueKind.WAIT], [DueKind.WAIT, DueKind.RUN]]
+    assert found == [[], [], [DueKind.WAIT], [DueKind.WAIT], [DueKind.WAIT, DueKind.RUN]]
 
 
 def test_the_handle_is_in_no_repr(store: ServiceStore) -> None:

@@ -1,4 +1,4 @@
-"""Every write can be repeated: after a conflict, and after its COMMIT was not answered."""
+"""Every write can be repeated: after a conflict, and after its COMMIT got no answer."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from storage.service_store import ServiceStore
 OF_ONE_TRY: Final = re.compile(
     r".*(_at|_us|_until)|id|key|run|reconciliation(_id)?|cookie|watermark|due_clock"
 )
-"""The columns in which two tries differ: times, random values, and keys that are given once."""
+"""The columns that differ between two tries: times, random values, and keys."""
 QUICKER: Final = "the code is the same for both, and SQLite is quicker"
 REPEATED_ELSEWHERE: Final = {
-    "take a run",  # `give runs back` undoes a take that nobody knows of
-    "a report that begins",  # the next one closes it as abandoned
+    "take a run",  # `give runs back` undoes a take whose answer was lost
+    "a report that begins",  # the next report closes this one as abandoned
     "keep a session",  # the same session is kept, at a higher version
     "orphans",  # adds the processes that were killed by each call
     "a straggler",  # the same
-    "decisions",  # the second counts in the report how many runs are unchanged
+    "decisions",  # the second try counts unchanged runs in the report
     "other clocks",  # each call here boots the machine
 }
 
 
 def settled(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Return rows without what differs between two tries."""
+    """Return rows without the columns that differ between two tries."""
     return {
         table: sorted(
             (

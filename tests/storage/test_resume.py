@@ -187,7 +187,7 @@ def test_a_turn_in_its_pause_is_not_taken_before_the_pause_has_passed(store: Ser
     store.advance(5)
     end_pauses(store)
     assert store.take() is None
-    store.step_wall_clock(timedelta(days=365))  # of the wall clock, which decides nothing
+    store.step_wall_clock(timedelta(days=365))  # the wall clock does not matter
     end_pauses(store)
     assert store.take() is None
     store.advance(6)
@@ -377,7 +377,7 @@ def test_failures_of_the_agent_are_no_interruptions(store: ServiceStore, code: E
     assert run.status is RunStatus.FAILED
 
 
-def test_a_lost_taking_of_a_resumed_turn_is_taken_back_whole(store: ServiceStore) -> None:
+def test_a_lost_take_of_a_resumed_turn_is_undone_completely(store: ServiceStore) -> None:
     run = interrupted(store)
     taken(store)
 
@@ -495,7 +495,7 @@ def test_a_pause_that_another_machine_recorded_is_converted(store: ServiceStore)
     here, uptime_us = store.clock, store.steady_us
     store.clock, store.steady_us = "another machine", uptime_us + 10**13
     store.restart()
-    store.apply_recovery()  # and it ends before it has converted the deadlines
+    store.apply_recovery()  # killed before it has converted the deadlines
     store.clock, store.steady_us = here, uptime_us
     store.restart()
     store.apply_recovery()
@@ -518,7 +518,9 @@ def test_a_wall_clock_that_was_set_back_prolongs_no_pause(store: ServiceStore) -
     assert store.column(run, "resume_due_us") - store.steady.us == 300_000_000
 
 
-def test_a_queued_run_that_can_neither_be_resumed_nor_started_says_so(store: ServiceStore) -> None:
+def test_a_queued_run_that_can_be_neither_resumed_nor_started_fails(
+    store: ServiceStore,
+) -> None:
     run = interrupted(store, max_attempts=1)
     next_turn(store)
     store.recover()  # in its pause

@@ -1,4 +1,4 @@
-"""What has reached its age is removed with all its rows; what may go on is never removed."""
+"""Runs that have reached their age are removed with all rows; runs that may continue are not."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def succeeded(store: ServiceStore, **changes: object) -> Run:
 
 
 def settle(store: ServiceStore) -> None:
-    """Let enough time pass, and let a later run and launch be the newest ones."""
+    """Let enough time pass for removals, and add a later run and launch, which are the newest."""
     store.running()
     store.advance(retention.SETTLES_S + 1)
 
 
 def lost(store: ServiceStore) -> Run:
-    """A run that a recovery failed over its session, and that can be reopened."""
+    """Return a run that a recovery failed because of its session, and that can be reopened."""
     run = store.waiting()
     store.set(run, session_verdict="INVALID")
     store.recover()
@@ -204,7 +204,7 @@ def test_a_late_kill_keeps_its_run_for_that_time_again(store: ServiceStore) -> N
 
 
 def test_the_newest_run_stays_so_that_its_key_is_not_given_out_again(store: ServiceStore) -> None:
-    """SQLite gives the highest key out again; files, receipts and cursors would be mixed up."""
+    """SQLite uses a deleted highest key again; files, receipts and cursors would be mixed up."""
     first = succeeded(store)
     launched_last, newest = store.create(), store.cancel(store.create())
     turn = store.take()
@@ -245,7 +245,7 @@ def test_the_surplus_begins_behind_the_newest_ended_runs(store: ServiceStore) ->
     ]  # fmt: skip
 
 
-def test_a_list_goes_on_when_the_run_of_its_cursor_is_removed(store: ServiceStore) -> None:
+def test_a_list_continues_when_the_run_of_its_cursor_is_removed(store: ServiceStore) -> None:
     made = [succeeded(store) for _ in range(4)]
     settle(store)
     everything = RunFilter()
@@ -287,11 +287,11 @@ def test_a_request_is_new_once_its_receipt_was_removed(store: ServiceStore) -> N
 
 
 def test_receipts_of_another_instance_are_its_own_on_postgresql(store: ServiceStore) -> None:
-    """Otherwise a request that another instance has carried out would be carried out twice."""
+    """Otherwise a request could be carried out twice, by both instances."""
     run = store.create(with_receipt=receipt("r1"))
     store.cancel(run)
     settle(store)
-    remove(store, run)  # the receipt outlives its run
+    remove(store, run)  # the receipt stays
     first, store.owner = store.owner, instances.claim(store.db, boot("other"), now=store.now)
     own = store.db.dialect.kind is DatabaseKind.SQLITE
 
@@ -327,7 +327,9 @@ def test_a_part_is_recorded_once_oldest_runs_first(store: ServiceStore) -> None:
     assert store.get(made[0]).etag == made[0].etag
 
 
-def test_a_watch_behind_removed_events_is_told_where_it_can_go_on(store: ServiceStore) -> None:
+def test_a_watch_of_removed_events_gets_the_first_sequence_that_is_kept(
+    store: ServiceStore,
+) -> None:
     run = succeeded(store)
     settle(store)
     assert len(events.events_after(store.db, run, 0)) == run.event_count
@@ -377,7 +379,7 @@ def remove_reports(store: ServiceStore, before: timedelta = timedelta()) -> int:
 
 
 def test_only_reports_that_nothing_names_are_removed(store: ServiceStore) -> None:
-    lost(store)  # its decision names its report
+    lost(store)  # the run's decision refers to the report
     named = report_ids(store)
     idle = [close_report(store) for _ in range(3)]
     latest_with_decisions = close_report(store, '{"a": 1}')
@@ -452,7 +454,7 @@ def test_a_reader_of_decisions_passes_over_removed_runs(store: ServiceStore) -> 
 # -- the store ---------------------------------------------------------------------------------
 
 
-def test_what_is_removed_is_found_by_partial_indexes(store: ServiceStore) -> None:
+def test_removable_rows_are_found_by_partial_indexes(store: ServiceStore) -> None:
     """Reading every ended run for each batch would take minutes with a million of them."""
     if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL chooses its plans by the size of the tables")
@@ -493,7 +495,7 @@ def test_postgresql_finds_the_launches_of_a_batch_by_their_runs(store: ServiceSt
         )
         store.db.execute("ANALYZE process_lease")
         store.db.execute("ANALYZE run")
-    # So that PostgreSQL joins a few runs as it would many, if the query lets it.
+    # Makes PostgreSQL join a few runs as it would join many, if the query permits it.
     for join in ("nestloop", "mergejoin"):
         store.db.execute(f"SET enable_{join} = off")
     asked: list[str] = []
@@ -515,7 +517,7 @@ def test_postgresql_finds_the_launches_of_a_batch_by_their_runs(store: ServiceSt
 def test_a_run_with_many_rows_is_removed_in_short_transactions_its_own_row_last(
     store: ServiceStore,
 ) -> None:
-    """Each other write on SQLite waits for a transaction."""
+    """On SQLite every other write waits for a transaction."""
     run = succeeded(store)
     settle(store)
     mark(store, RetentionKind.OUTPUTS)

@@ -89,7 +89,7 @@ def test_a_request_id_with_another_request_is_refused(store: ServiceStore, other
     assert before == store.dump()
 
 
-def test_callers_do_not_meet_each_others_request_ids(store: ServiceStore) -> None:
+def test_request_ids_of_different_callers_are_independent(store: ServiceStore) -> None:
     first = store.create(with_receipt=receipt(caller="a"))
     other = store.create(with_receipt=receipt(caller="b", payload=b"other"))
 

@@ -1,4 +1,4 @@
-"""A restart keeps a waiting run whose session file is whole, and a plan foresees the decision."""
+"""A restart keeps a waiting run with a complete session file, and a plan shows the decision."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class OneEngineService:
         ).run(self.store.db, RecoveryStatus())
 
     def planned(self) -> tuple[dict[str, str], dict[str, int]]:
-        """Return the rule that a plan foresees for each run and the number of runs per rule."""
+        """Return the rule that a plan shows for each run, and the number of runs per rule."""
         planner = Planner(
             owner=self.store.owner, sessions=self.sessions, clock=self.store.ticking_clock
         )
@@ -126,7 +126,7 @@ class OneEngineService:
         return row
 
     def explained(self, run: Run) -> str:
-        """Return what an explanation says about the session of a run."""
+        """Return the explanation of the session of a run."""
         (seen,) = decisions.explain(self.store.db, run.run_id, limit=9)
         (source,) = (fact.source for fact in explain_facts(seen) if fact.name == "HANDLE")
         return source
@@ -226,7 +226,7 @@ def test_a_session_that_was_never_seen_is_not_known_to_be_lost(
     gone = [
         (service.waiting(fingerprinted=False), how, reason)
         for how, reason in GONE
-        if how is not cut_at_a_line  # without a mark it looks whole
+        if how is not cut_at_a_line  # without a fingerprint the file looks complete
     ]
     for (_, session), how, _ in gone:
         how(session)
@@ -288,7 +288,7 @@ def test_a_check_that_does_not_answer_fails_neither_the_start_nor_a_run(
         if kept
         else ("FAILED", LOST, "UNKNOWN_REFUSED", "not_answered")
     )
-    assert asked == [2]  # the other bulks are not asked of
+    assert asked == [2]  # the check is not called for the other bulks
     assert service.recorded(runs[0])[2:] == ("VALID", "whole")
     assert [service.recorded(run) for run in runs[1:]] == [silent] * 4
     (warning,) = report.warnings
@@ -318,7 +318,7 @@ def test_a_recovery_stops_while_a_check_does_not_answer(
     assert store.rows("SELECT session_verdict FROM run") == [(None,)]
 
 
-def test_one_engine_that_does_not_answer_takes_no_time_of_another(store: ServiceStore) -> None:
+def test_a_check_that_hangs_takes_no_time_from_other_engines(store: ServiceStore) -> None:
     release, clock = threading.Event(), [0.0]
     one = StoredSession(run_key=1, attempt=1, handle="h", fingerprint=None, finding=None)
 

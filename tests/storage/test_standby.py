@@ -20,7 +20,7 @@ READ_ONLY: Final = "is read-only"
 
 
 def role_of_the_server(db: Database) -> Row | None:
-    """Return whether the server is a standby, by a statement that a standby answers."""
+    """Return whether the server is a standby."""
     return db.fetch_one("SELECT pg_is_in_recovery()")
 
 

@@ -1,4 +1,4 @@
-"""Keys that are made from the id of a store."""
+"""Keys that are derived from the id of a store."""
 
 from __future__ import annotations
 

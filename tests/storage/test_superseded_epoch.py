@@ -23,7 +23,7 @@ class _Undone(Exception):
 
 
 def changes(prepared: Prepared, what: str) -> bool:
-    """Return whether it writes anything at all; it is undone."""
+    """Return whether a write changes anything. The change is undone."""
     store, before = prepared.store, content(prepared.store)
     after = before
     with suppress(_Undone), store.db.transaction():

@@ -84,7 +84,7 @@ def test_a_host_that_was_renamed_removes_stale_entries_from_its_file(host: CliHo
     assert (host.file.read_bytes(), host.recorded(), len(done.removals)) == (ORIGINAL, [], 1)
 
 
-def test_entries_of_other_hosts_in_a_shared_store_stay_on_record(host: CliHost) -> None:
+def test_entries_of_other_hosts_in_a_shared_store_stay_recorded(host: CliHost) -> None:
     host.fail(host.trusted_run())
     host.host_id = "another host"
     unmount(host)
@@ -96,7 +96,7 @@ def test_entries_of_other_hosts_in_a_shared_store_stay_on_record(host: CliHost) 
     done = host.keeper().remove_stale()
 
     assert (host.file.read_bytes(), len(host.recorded()), len(done.removals)) == (text, 1, 1)
-    # A SQLite store is one service's, whatever its host was called before.
+    # A SQLite store belongs to one service, whatever the former name of its host.
     alone = host.store.db.dialect.kind is DatabaseKind.SQLITE
     assert len(done.warnings) == alone
     ((away,),) = host.store.rows("SELECT away FROM trust_entry WHERE removed_at IS NULL")

@@ -1,4 +1,4 @@
-"""A trust entry that cannot be removed does not keep the others from being removed."""
+"""If a trust entry cannot be removed, all others still are."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_damaged_record_does_not_keep_other_entries_from_being_removed(host: C
         f"{host.file}: the record of {host.workspace(run)} is damaged" for run in runs[:2]
     )
     assert [host.trusts(run) for run in runs] == [True, True, False]
-    assert host.keeper().remove_stale() == TrustClearing()  # warned of once
+    assert host.keeper().remove_stale() == TrustClearing()  # reported only once
 
 
 @pytest.mark.parametrize(

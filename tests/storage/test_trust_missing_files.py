@@ -1,4 +1,4 @@
-"""Entries of a missing trust file stay on record until the file is back or certainly gone."""
+"""Entries of a missing trust file stay recorded until the file is back or certainly gone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GONE_S = trust_removal.PLACE_GONE.total_seconds()
 
 
 @pytest.mark.parametrize("how", UNMOUNTED)
-def test_entries_of_an_unmounted_folder_stay_on_record_until_it_is_mounted_again(
+def test_entries_of_an_unmounted_folder_stay_recorded_until_it_is_mounted_again(
     host: CliHost, how: str
 ) -> None:
     make_unreachable(host, how)
@@ -43,8 +43,8 @@ def test_entries_of_an_unmounted_folder_stay_on_record_until_it_is_mounted_again
     first, *more = [host.keeper().remove_stale() for _ in range(3)]
 
     assert (first.removals, first.failures, len(first.kept)) == ((), (), 1)
-    assert first.kept[0].startswith(f"{host.file}: entries stay on record: its folder, or")
-    assert more == [TrustClearing()] * 2  # warned of once
+    assert first.kept[0].startswith(f"{host.file}: entries stay recorded: its folder, or")
+    assert more == [TrustClearing()] * 2  # reported only once
     assert len(host.recorded()) == 1
     assert (sorted(host.path.iterdir()) if host.path.exists() else None) == left
     make_reachable(host, how)
@@ -89,7 +89,7 @@ def test_a_file_that_is_absent_or_empty_for_a_moment_is_checked_again(
     done = host.keeper().remove_stale()
 
     assert (done.removals, done.kept) == (
-        (), (f"{host.file}: entries stay on record: it is not there, or empty",)
+        (), (f"{host.file}: entries stay recorded: it does not exist, or is empty",)
     )  # fmt: skip
     assert host.keeper().remove_stale() == TrustClearing()
     host.file.write_bytes(written)

@@ -1,4 +1,4 @@
-"""What turns use is recorded with their end, exactly once, and adds up."""
+"""The usage of turns is recorded with their end, exactly once, and added up."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_each_report_counts_for_the_model_that_it_names(store: ServiceStore) -> 
     assert of_engine(store) == (2, tokens(8, model="", cost=10))
 
 
-def test_twenty_models_of_an_engine_are_told_apart_and_the_others_are_one(
+def test_twenty_models_of_an_engine_are_counted_separately_and_the_others_together(
     store: ServiceStore,
 ) -> None:
     names = [f"m{number:02}" for number in range(22)]
@@ -156,7 +156,7 @@ def test_an_end_that_is_recorded_twice_counts_once(store: ServiceStore) -> None:
     assert of_engine(store) == (1, tokens(2, model=""))
 
 
-def test_a_killed_service_neither_loses_nor_repeats_what_was_on_record(
+def test_a_killed_service_neither_loses_nor_repeats_recorded_usage(
     store: ServiceStore,
 ) -> None:
     turn = store.running(**RESUME)
@@ -223,7 +223,7 @@ def test_a_run_that_another_epoch_takes_over_in_the_middle_of_a_write_is_not_wri
     assert store.get(turn.run).usage is None
 
 
-def test_a_usage_that_nobody_can_read_does_not_stop_a_turn(store: ServiceStore) -> None:
+def test_an_unreadable_stored_usage_does_not_stop_a_turn(store: ServiceStore) -> None:
     turn = store.running()
     store.set(turn.run, session_usage="[1")
     with store.db.transaction():
@@ -267,7 +267,7 @@ def test_a_retry_is_an_event_that_changes_no_status(store: ServiceStore) -> None
     ]
 
 
-def test_the_usage_of_a_found_end_completes_what_was_on_record(store: ServiceStore) -> None:
+def test_the_usage_of_a_found_end_completes_the_recorded_usage(store: ServiceStore) -> None:
     turn = store.running()
     store.keep_session(turn)
     report(store, turn, used(2))

@@ -59,7 +59,7 @@ def due(store: ServiceStore, name: str = "chat", **named: Any) -> list[int]:
 
 
 def deliver(store: ServiceStore, run: Run, name: str = "chat") -> int:
-    """Take the next delivery of a run as arrived, and return its sequence."""
+    """Record that the next delivery of a run has arrived, and return its sequence number."""
     found = webhook_deliveries.next_delivery(store.db, store.owner.instance, name, run.key)
     assert found is not None
     webhook_deliveries.remove_delivered(store.db, found)
@@ -85,7 +85,7 @@ def test_questions_and_ends_are_recorded_with_the_sequences_of_their_events(
     assert first.created_at == run.updated_at
 
 
-def test_a_cancel_is_an_end_and_its_request_is_nothing(store: ServiceStore) -> None:
+def test_a_carried_out_cancel_is_an_end_and_its_request_is_no_event(store: ServiceStore) -> None:
     sticky = store.waiting(profile=Profile.STICKY_PROCESS)
     canceled = store.cancel(store.create())
     store.cancel(sticky)
@@ -151,7 +151,7 @@ def test_each_decision_of_a_recovery_is_recorded_once(store: ServiceStore) -> No
     ]
 
 
-def test_without_recovered_a_decision_counts_as_the_end_or_the_question_that_it_makes(
+def test_a_webhook_without_the_event_recovered_gets_a_decision_as_its_end_or_question(
     store: ServiceStore,
 ) -> None:
     store.db.webhooks = (webhook("chat", [WAITING, ENDED]), webhook("ends", [ENDED]))
@@ -270,7 +270,7 @@ def test_a_superseded_epoch_removes_no_delivery(store: ServiceStore) -> None:
         webhook_deliveries.remove_delivered(store.db, found)
 
 
-def test_an_event_that_has_got_the_key_of_a_delivered_one_is_not_removed(
+def test_an_event_whose_row_reuses_the_key_of_a_delivered_one_is_not_removed(
     store: ServiceStore,
 ) -> None:
     run = store.waiting()
@@ -364,7 +364,7 @@ def test_a_stop_or_a_newer_epoch_ends_the_forgetting(store: ServiceStore) -> Non
 
 
 def test_a_backlog_is_counted_by_indexes(store: ServiceStore) -> None:
-    """Each scrape counts it: reading 100,000 rows would take a tenth of a second."""
+    """Each scrape counts the backlog, and reading 100,000 rows would take a tenth of a second."""
     if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL chooses its plans by the size of the tables")
     asked: list[str] = []

@@ -87,7 +87,7 @@ def outcomes(done: TrustClearing) -> list[tuple[str, str]]:
 
 
 def token_of(host: CliHost) -> str:
-    """Return the token that identifies the place of the file; make it if there is none."""
+    """Return the token that identifies the place of the file; create it if there is none."""
     found: list[str | None] = []
     files.edit(host.file, lambda text: Removal(text=text, outcome=Outcome.GONE), begin=found.append)
     assert found[0] is not None
@@ -107,6 +107,6 @@ def mount(host: CliHost, name: str = "away") -> None:
 
 
 def mount_another(host: CliHost) -> None:
-    """Mount another file system there, one that the service has used before, too."""
+    """Mount another file system in the place of the file, which the service has used before."""
     host.file.write_bytes(b'model = "other"\n')
     token_of(host)

@@ -100,7 +100,7 @@ def test_a_dangling_symlink_is_refused(tmp_path: Path) -> None:
 
     assert paths.directory_problem(tmp_path / "link") == problem
     assert paths.directory_problem(tmp_path / "link" / "below") == (
-        f"cannot be made: {tmp_path}/link {problem}"
+        f"cannot be created: {tmp_path}/link {problem}"
     )
     assert of_database(tmp_path / "link") == problem
 
@@ -231,7 +231,7 @@ def test_a_database_directory_that_may_not_be_written_is_refused(as_ordinary_use
     reason = f"may not be read and changed by user {user}: its mode is 0555, its owner user {user}"
     assert of_database(folder / "x.db") == f"its directory {folder} {reason}"
     assert paths.directory_problem(folder) == reason
-    assert paths.directory_problem(folder / "new") == f"cannot be made: {folder} {reason}"
+    assert paths.directory_problem(folder / "new") == f"cannot be created: {folder} {reason}"
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm", ".installed"])

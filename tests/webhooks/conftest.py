@@ -25,7 +25,7 @@ NewReceiver: TypeAlias = Callable[..., Receiver]
 
 @pytest.fixture
 def new_receiver() -> Iterator[NewReceiver]:
-    """Make receivers, and close them at the end of the test."""
+    """A function that creates receivers, which are closed at the end of the test."""
     made: list[Receiver] = []
 
     def make(*behave: Behave, **named: Any) -> Receiver:
@@ -39,7 +39,7 @@ def new_receiver() -> Iterator[NewReceiver]:
 
 @pytest.fixture
 def database_kind() -> str:
-    """Return SQLite alone: tests/storage tries the queries on both databases."""
+    """Return only SQLite, because tests/storage runs the queries on both databases."""
     return "sqlite"
 
 

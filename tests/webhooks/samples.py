@@ -1,4 +1,4 @@
-"""An endpoint and a delivery to try things with."""
+"""A sample endpoint and a sample delivery."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from .samples import endpoint
 
 @dataclass
 class Receiving:
-    """Stands in for `post`: answers as `behave` says, and keeps the events that arrived.
+    """Replaces `post`: answers as `behave` says, and records the events that arrived.
 
     Attributes:
         behave: returns the status for a run and a sequence, or raises.
@@ -58,7 +58,7 @@ class Bench:
     """A store with a webhook, the sender of the webhook, and its receiver.
 
     Attributes:
-        pauses: the pauses of the sender. The clock advances by each; no time passes.
+        pauses: the pauses of the sender, in seconds. Each one only advances the clock.
     """
 
     store: ServiceStore
@@ -108,5 +108,5 @@ class Bench:
 
 
 def canceled(bench: Bench) -> Run:
-    """A run with two deliveries: it asked (3), and was canceled (4)."""
+    """Return a run with two deliveries: it has asked (event 3), and was canceled (event 4)."""
     return bench.store.cancel(bench.store.waiting())

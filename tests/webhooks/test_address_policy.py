@@ -75,7 +75,7 @@ def test_only_the_named_network_is_allowed() -> None:
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_a_public_address_needs_tls_or_the_insecure_word(address: str) -> None:
+def test_a_public_address_needs_tls_or_insecure_http(address: str) -> None:
     def problem(*, is_encrypted: bool, insecure_http: bool = False) -> str | None:
         return address_problem(
             address, is_encrypted=is_encrypted, private=EVERYWHERE, insecure_http=insecure_http
@@ -92,4 +92,4 @@ def test_a_public_address_needs_tls_or_the_insecure_word(address: str) -> None:
 def test_an_address_of_no_host_is_never_called(address: str) -> None:
     problem = address_problem(address, is_encrypted=True, private=EVERYWHERE, insecure_http=True)
 
-    assert (problem or "").endswith("is no address of a host")
+    assert (problem or "").endswith("is not the address of a host")

@@ -23,7 +23,7 @@ def test_the_body_has_the_facts_of_the_event_and_nothing_else() -> None:
     )
 
 
-def test_the_id_tells_events_apart_and_not_tries() -> None:
+def test_the_id_differs_between_events_and_not_between_tries() -> None:
     now = datetime.now(UTC)
     first = message.headers(DELIVERY, b"{}", keys=KEYS, now=now)
     again = message.headers(DELIVERY, b"{}", keys=KEYS, now=now + timedelta(hours=1))

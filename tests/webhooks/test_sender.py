@@ -33,7 +33,7 @@ MORE = (
     " SELECT webhook, instance, run, run_id, engine, i, event, status, created_at"
     " FROM webhook_delivery, n WHERE run = ? AND sequence = 3"
 )
-"""Gives a run 600 more deliveries."""
+"""SQL that gives a run 600 more deliveries."""
 
 
 async def test_what_was_due_at_the_start_and_what_comes_later_is_delivered_in_order(
@@ -178,12 +178,12 @@ async def test_a_dead_endpoint_does_not_delay_another_webhook(
         await second.stop()
 
 
-async def test_a_run_with_new_deliveries_goes_behind_those_that_wait(
+async def test_a_run_with_new_deliveries_queues_behind_runs_that_wait(
     bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sender_module, "RUNS_AT_ONCE", 1)
     first, _, _ = (canceled(bench) for _ in range(3))
-    sender._latest_run = first.key  # it was at work before, and has new deliveries
+    sender._latest_run = first.key  # served last, with new deliveries since
     sender.start()
 
     assert [event[:8] for event in await bench.until_arrived(6)] == [
@@ -309,7 +309,7 @@ async def test_an_unexpected_error_of_a_try_is_a_failed_try_with_its_pause(
         ("error_code", "char(0)", "error_code is damaged"),
     ],
 )
-async def test_a_damaged_delivery_is_set_aside_and_later_ones_of_its_run_follow(
+async def test_a_damaged_delivery_is_given_up_and_later_ones_of_its_run_follow(
     bench: Bench, sender: WebhookSender, column: str, damage: str, reason: str
 ) -> None:
     canceled(bench)

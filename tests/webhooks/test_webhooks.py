@@ -32,7 +32,7 @@ def store(database: Database) -> ServiceStore:
 
 @pytest.fixture
 async def webhooks(store: ServiceStore) -> AsyncIterator[Webhooks]:
-    """No webhook, and none started."""
+    """The webhooks of an instance: none is configured, and `start` was not called."""
     storage = Storage(store.db)
     webhooks = Webhooks(
         db=store.db,

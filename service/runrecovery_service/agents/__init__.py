@@ -1,1 +1,1 @@
-"""Code that recovery, execution and rpc share: agent output, workspaces, session checks, trust."""
+"""Shared by recovery, execution and rpc: agent output, workspaces, session checks, trust."""

@@ -1,4 +1,4 @@
-"""The store for code in a thread, which may block until the database answers."""
+"""The store for code in a thread, where calls may block until the database answers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class BlockingStore(Protocol):
     """Reads and transactions that block."""
 
     def read(self, use: Callable[[Database], R]) -> R:
-        """Return the result of a read."""
+        """Run a read, and return its result."""
         ...
 
     def write(self, use: Callable[[Database], R]) -> R:
-        """Return the result of a transaction, once it is durable."""
+        """Run a transaction, and return its result once it is durable."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionStore:
-    """The store of a thread that has a connection of its own, as a recovery has."""
+    """The store for a thread with its own connection, such as that of a recovery."""
 
     db: Database
 
@@ -43,9 +43,9 @@ class ConnectionStore:
 
 @dataclass(frozen=True, slots=True)
 class LoopStore:
-    """The store of a thread beside the event loop, which asks the loop.
+    """The store for other threads, which pass their calls to the event loop.
 
-    SQLite has one writer, and the loop's storage has it.
+    SQLite has only one writer, which belongs to the loop's storage.
     """
 
     storage: Storage

@@ -1,4 +1,4 @@
-"""Ends the processes that are left of recorded launches. Blocking: call it in a thread."""
+"""Ends the remaining processes of recorded launches. Blocking: call it in a thread."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LaunchEnder:
     """Ends the processes of recorded launches.
 
     Attributes:
-        cgroups: the parent of the cgroups of the launches; None if cgroups are not used.
+        cgroups: the parent of the launches' cgroups; None: cgroups are not used.
         why: the purpose, for the log.
         grace_s: seconds between SIGTERM and SIGKILL.
-        deadline_s: seconds after which surviving processes are left to a later try.
+        deadline_s: time limit; processes that survive are left to a later try.
     """
 
     workspaces: Workspaces
@@ -35,7 +35,7 @@ class LaunchEnder:
         """End every process of these launches, and remove their cgroups.
 
         Returns:
-            By launch key, the processes that this call or the launch's own shim has ended.
+            By launch key: the processes that this call or the launch's own shim has ended.
         """
         endings = end_trees(
             [launch_markers(launch) for launch in launches],
@@ -57,7 +57,7 @@ class LaunchEnder:
 
 
 def remove_cgroup(cgroups: CgroupParent | None, launch: LaunchRecord) -> bool:
-    """Remove the cgroup of a launch, if it had one; return False when that was not possible."""
+    """Remove the cgroup of a launch, if it has one; return False if it could not be removed."""
     if launch.cgroup is None or cgroups is None:
         return True
     return cgroups.remove(launch.cgroup)

@@ -1,4 +1,4 @@
-"""Turns a launch record into the markers that prove which processes belong to the launch."""
+"""Converts a launch record to the markers that prove which processes belong to the launch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,12 @@ class OutputChannel(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutputPiece:
-    """Bytes as written. `truncated`: they end where the limit was reached, and more was written."""
+    """A piece of an output file.
+
+    Attributes:
+        data: the bytes, as the agent has written them.
+        truncated: whether the piece ends where the limit cut off further output.
+    """
 
     data: bytes
     truncated: bool
@@ -46,13 +51,13 @@ class OutputFiles:
         self._max_bytes = max_bytes
 
     def append(self, run_key: int, attempt: int, channel: OutputChannel, data: bytes) -> int | None:
-        """Append what fits below the limit, and record when something did not fit.
+        """Append data up to the limit, and mark the file as truncated if not all of it fits.
 
         Returns:
-            The size of the file afterwards; None if something did not fit.
+            The new size of the file in bytes; None if not all of the data fitted.
 
         Raises:
-            OSError: not all of it was written, for example because the disk is full.
+            OSError: not all of the data was written, for example because the disk is full.
         """
         path = self._file(run_key, attempt, channel)
         descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -60,7 +65,7 @@ class OutputFiles:
             size = os.fstat(descriptor).st_size
             room = max(0, self._max_bytes - size)
             left = memoryview(data)[:room]
-            while left:  # a full disk stores a part, and refuses the next write
+            while left:  # a full disk stores some bytes, and refuses the next write
                 left = left[os.write(descriptor, left) :]
             if len(data) > room:
                 path.with_name(path.name + _TRUNCATED).touch(mode=0o600)
@@ -72,7 +77,7 @@ class OutputFiles:
     def read(
         self, run_key: int, attempt: int, channel: OutputChannel, offset: int, limit: int
     ) -> OutputPiece:
-        """Return up to `limit` bytes from `offset`; no data at or after the end.
+        """Return up to `limit` bytes from `offset`; at or after the end return no bytes.
 
         Raises:
             FileNotFoundError: the attempt has written nothing on this channel.
@@ -87,14 +92,14 @@ class OutputFiles:
         return OutputPiece(data, truncated)
 
     def size(self, run_key: int, attempt: int, channel: OutputChannel) -> int:
-        """Return how many bytes are kept."""
+        """Return how many bytes of a channel are kept."""
         try:
             return self._file(run_key, attempt, channel).stat().st_size
         except FileNotFoundError:
             return 0
 
     def has_attempt(self, run_key: int, attempt: int) -> bool:
-        """Return True if this service has the folder of the attempt."""
+        """Return whether this service has a folder for the attempt."""
         return self._workspaces.attempt(run_key, attempt).is_dir()
 
     def _file(self, run_key: int, attempt: int, channel: OutputChannel) -> Path:

@@ -1,4 +1,4 @@
-"""Checks and fingerprints one session while a caller waits, within a time limit."""
+"""Checks one session, or takes its fingerprint, within a time limit, while a caller waits."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from runrecovery_service.engines.sessions.files import CliSessions, SessionObser
 from runrecovery_service.engines.sessions.repair import Repair
 
 SESSION_TIMEOUT_S: Final = 10.0
-"""How long the storage of a session's files may take to answer."""
+"""How long the file system of a session may take to answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionChecker:
-    """Checks and fingerprints the sessions of runs.
+    """Checks, fingerprints, repairs and counts the sessions of runs.
 
     Attributes:
-        timeout_s: how long the files of a session may take to answer.
+        timeout_s: how long the file system of a session may take to answer.
     """
 
     workspaces: Workspaces
@@ -48,29 +48,31 @@ class SessionChecker:
         *,
         in_turn: bool = False,
     ) -> SessionFinding | None:
-        """Return an engine's finding about a run's session; None: the engine has no check.
+        """Return the engine's finding about a run's session; None: the engine has no check.
 
         Args:
-            fingerprint: the state of the session file when its question was recorded, if known.
-            in_turn: the agent was killed in its turn, so the end of the file may be incomplete.
+            fingerprint: of the session file when its question was recorded; None: not known.
+            in_turn: whether the agent was killed during its turn, so that the file may end
+                incompletely.
         """
         stored = replace(self._stored(run, handle, fingerprint), in_turn=in_turn)
         return await check_session(engine, stored, timeout_s=self.timeout_s)
 
     async def fingerprint(self, run: Run, sessions: CliSessions, handle: str) -> SessionObservation:
-        """Return the present finding about a run's session, with its fingerprint."""
+        """Check a run's session; return the finding and the present fingerprint."""
         return await fingerprint_session(
             sessions, self._stored(run, handle), timeout_s=self.timeout_s
         )
 
     async def repair(self, run: Run, sessions: CliSessions, handle: str) -> list[Repair]:
-        """Repair a run's session before it is resumed, and return what was appended to its files.
+        """Repair a run's session before a resume, and return what was appended to its files.
 
         Raises:
-            NotRepairable, OSError, NotKnown: a file is left as it is. TimeoutError is an OSError.
+            NotRepairable, OSError, NotKnown: a file could not be repaired, and is unchanged.
+                TimeoutError is an OSError.
         """
         stored, given_up = self._stored(run, handle), threading.Event()
-        async with self._one_file:  # each holds a whole file in memory
+        async with self._one_file:  # each call has a whole file in memory
             try:
                 return await daemon_threads.run_within(
                     self.timeout_s, lambda: sessions.repair(stored, given_up)
@@ -79,14 +81,18 @@ class SessionChecker:
                 given_up.set()
 
     async def read_usage(self, run: Run, sessions: CliSessions, handle: str) -> StoredUsage:
-        """Return the usage that a run's session proves.
+        """Return the usage that a run's session file shows.
 
         Raises:
-            UsageNotKnown, OSError, NotKnown: it proves nothing. TimeoutError is an OSError.
+            UsageNotKnown, OSError, NotKnown: the file does not show the usage. TimeoutError is an
+                OSError.
         """
         stored = self._stored(run, handle)
         output = self.workspaces.output(run.key, run.attempt)
-        async with asyncio.timeout(self.timeout_s), self._one_file:  # the end of a turn waits
+        async with (
+            asyncio.timeout(self.timeout_s),
+            self._one_file,
+        ):  # a turn's end waits
             return await daemon_threads.run(lambda: sessions.read_usage(stored, output))
 
     def _stored(
@@ -126,7 +132,7 @@ async def check_session(
 async def fingerprint_session(
     sessions: CliSessions, stored: StoredHandle, *, timeout_s: float
 ) -> SessionObservation:
-    """Return the present finding about a session, with its fingerprint."""
+    """Check a session; return the finding and the present fingerprint."""
     try:
         return await daemon_threads.run_within(timeout_s, lambda: sessions.observe(stored))
     except TimeoutError:

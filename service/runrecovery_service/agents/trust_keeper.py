@@ -1,9 +1,9 @@
 """Makes agent CLIs trust the workspaces of living runs, and of no other runs.
 
-The order is always the same: first the lock of the CLI's file, then the store. No file is edited
-within a transaction. An entry is recorded before it is in the file, and its row is marked after the
-entry is out of the file, both under that lock. A crash leaves at most a row without an entry.
-`trust_removal.py` decides what is removed from a file, and how the rows change.
+The lock of the CLI's file is always taken before the store is used. No file is edited within a
+transaction. Under the lock, an entry is recorded before it is added to the file, and its row is
+changed after the entry is removed from the file. A crash therefore leaves at most a row without an
+entry. `trust_removal.py` decides what is removed from a file, and how the rows change.
 """
 
 from __future__ import annotations
@@ -40,23 +40,24 @@ from runrecovery_service.trust.errors import FolderUnusable, TrustError, TrustFi
 log = structlog.get_logger()
 
 MOST_NAME_BYTES: Final = 2000
-"""Limit for the paths of a file and a folder together, which are a key: PostgreSQL limits keys."""
+"""The most bytes of the paths of a file and a folder together. They are a key in the store, and
+PostgreSQL limits the size of keys."""
 ADD_LOCK_WAIT_S: Final = 5.0
-"""How long a launch waits for the lock of a file before it logs that, and waits again. Many
+"""How long a launch waits for the lock of a file before it logs the delay and waits again. Many
 launches may begin at once, and the edit of a large file takes seconds."""
 RESTART_LOCK_WAIT_S: Final = 5.0
 """How long a restart waits for the lock of a file."""
 RUN_END_LOCK_WAIT_S: Final = 2.0
 """How long the end of a run, for which a caller may wait, waits for the lock of a file."""
 FIRST_CHUNK, CHUNK = 100, 500
-"""How many entries the first edit removes, and how many any edit at most."""
+"""How many entries the first edit removes, and the most that any edit removes."""
 QUICK_S: Final = 2.0
-"""After an edit that takes less time, the next edit removes more entries. In some files each entry
-takes long, in others the reading."""
+"""If an edit takes less time than this, the next edit removes more entries. In some files each
+entry takes long, in others only the reading of the file."""
 LEFT: Final = "there was not enough time; the next sweep removes the other entries"
 
 ReportRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
-"""Reports removed entries, in the transaction that records their removal."""
+"""Reports removed entries, within the transaction that records their removal."""
 
 
 def _report_nothing(*_: object) -> None:
@@ -68,7 +69,7 @@ def _never() -> bool:
 
 
 class TrustRefused(Exception):
-    """A CLI cannot be made to trust a workspace. Its file was not changed."""
+    """A CLI cannot be made to trust a workspace. The CLI's file was not changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +77,8 @@ class TrustKeeper:
     """Adds and removes trust entries. Every method blocks: call it in a thread.
 
     Attributes:
-        host_id: the host of the files, where several hosts share a store.
-        report: called with removed entries.
+        host_id: the host of the files; several hosts may share a store.
+        report: called with removed entries, in the transaction that records their removal.
     """
 
     host_id: str
@@ -97,17 +98,17 @@ class TrustKeeper:
         *,
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
-        """Make a CLI with this environment trust a run's workspace. Repeating it changes nothing.
+        """Make a CLI with this environment trust a run's workspace. A repetition changes nothing.
 
         Args:
-            pause: waits while others hold the file. Its exceptions are passed on; the file is then
-                unchanged.
+            pause: waits some seconds while another program has the file locked. Its exceptions are
+                passed on, and the file is then unchanged.
 
         Raises:
-            TrustRefused: the CLI cannot be made to trust it; see `docs/trust.md`.
-            TrustFileBusy: others hold the file. It is safe to try again.
+            TrustRefused: the CLI cannot be made to trust the workspace; see `docs/trust.md`.
+            TrustFileBusy: another program has the file locked. A retry is safe.
             Fenced: a newer epoch owns the run.
-            NotNow, Exhausted: the store did not record the entry. It is safe to try again.
+            NotNow, Exhausted: the store did not record the entry. A retry is safe.
         """
         try:
             kind = config_files.AgentCli(cli)
@@ -149,7 +150,7 @@ class TrustKeeper:
     # -- removing ------------------------------------------------------------------------------
 
     def entries_of(self, run: Run) -> Callable[[Database], list[TrustEntry]]:
-        """Return a read of a run's entries. It finds none if a newer epoch owns the run."""
+        """Return a function that reads a run's entries; none if a newer epoch owns the run."""
         return lambda db: trust.entries_of_run(db, self.host_id, run.run_id, owner=self.owner)
 
     def remove_run(self, run: Run) -> TrustClearing:
@@ -165,17 +166,18 @@ class TrustKeeper:
         """Return the files of this host with entries that no run needs any more.
 
         Args:
-            every: also the files that are to be checked only later.
+            every: whether to include files whose next check is not due yet.
         """
         now = None if every else self.clock.now()
         places = self.store.read(lambda db: trust.stale_files(db, self.host_id, now=now))
         return sorted({file for file, place, ours in places if ours or _is_here(file, place)})
 
     def remove_stale(self, should_stop: Callable[[], bool] = _never) -> TrustClearing:
-        """Remove from every file the entries that no run needs any more.
+        """Remove from all files the entries that no run needs any more.
 
         Args:
-            should_stop: asked between edits; True: the other entries stay for now.
+            should_stop: called between edits; if it returns True, the remaining entries stay for
+                now.
         """
         cleared = TrustClearing()
         for file in self.stale_files(every=True):
@@ -189,7 +191,7 @@ class TrustKeeper:
     def remove_stale_on(
         self, db: Database, report: ReportRemovals, should_stop: Callable[[], bool]
     ) -> TrustClearing:
-        """Do as `remove_stale`, but use the connection that a recovery has of its own."""
+        """Do the same as `remove_stale`, on the connection `db` of a recovery."""
         keeper = replace(self, store=ConnectionStore(db), report=report)
         return keeper.remove_stale(should_stop)
 
@@ -203,7 +205,7 @@ class TrustKeeper:
     ) -> TrustClearing:
         """Remove from one file the entries that no run needs any more.
 
-        A failure is returned, and its entries stay.
+        A failure is returned, not raised; the entries that it concerns stay.
         """
         cleared, after = TrustClearing(), None
         now = None if every else self.clock.now()
@@ -246,16 +248,16 @@ class _Addition:
     _recorded: Mapping[str, Added] = field(default_factory=dict, init=False)
 
     def begin(self, place: str | None) -> None:
-        """Read, once, which entries of the file are this service's.
+        """Read once which entries of the file belong to this service.
 
-        They are not read again after `record`: an entry that a user has made in between would
-        count as ours.
+        They are not read again after `record`. Otherwise an entry that a user has added meanwhile
+        would count as the service's.
         """
         self._place = place or ""
         self._recorded = self.keeper.recorded_entries(self.file, self._place)
 
     def decide(self, text: bytes | None) -> Edit:
-        """Return the file with the entry."""
+        """Return the edit that adds the entry to the file."""
         return config_files.editor_of(self.cli).add(text, self.folder, self._recorded)
 
     def record(self, edit: Edit) -> None:
@@ -279,10 +281,10 @@ class _Removal:
     """The callbacks of `files.edit` that remove entries of one file.
 
     Attributes:
-        find: reads the entries.
-        only_stale: leave an entry in the file if a run needs it again meanwhile.
-        limit: how many entries `find` reads at most; None: all.
-        last: where the next read continues; None: there are no more entries.
+        find: reads the entries to remove.
+        only_stale: whether entries stay that a run needs again meanwhile.
+        limit: the most entries that `find` reads; None: all.
+        last: the position from which the next read continues; None: there are no more entries.
     """
 
     keeper: TrustKeeper
@@ -294,7 +296,10 @@ class _Removal:
     _place: str | None = field(default=None, init=False)
 
     def run(self, lock_wait_s: float) -> TrustClearing:
-        """Remove the entries. Return a failure; the entries that it concerns stay."""
+        """Remove the entries, and return what was removed and what failed.
+
+        The entries that a failure concerns stay.
+        """
         try:
             removed = files.edit(
                 Path(self.file),
@@ -304,21 +309,21 @@ class _Removal:
                 make=False,
                 lock_wait_s=lock_wait_s,
             )
-        except Exception as error:  # noqa: BLE001 - whatever it was, other files must not wait for it
+        except Exception as error:  # noqa: BLE001 - no failure may keep other files from their turn
             self.last = None
             return TrustClearing(failures=(describe_error(self.file, error),))
         _log(removed.removals)
         return TrustClearing(removals=removed.removals, kept=removed.kept)
 
     def begin(self, place: str | None) -> None:
-        """Remember the token of the place that the file is in."""
+        """Keep the identity of the file's lock (`TrustEntry.place`)."""
         self._place = place
 
     def decide(self, text: bytes | None) -> FileRemoval:
-        """Return the file without the entries.
+        """Return the edit that removes the entries from the file.
 
-        The entries are read again with each call, under the lock: a run that was reopened
-        meanwhile keeps its own.
+        Each call reads the entries again, under the lock, because a run that was reopened meanwhile
+        keeps its entry.
         """
         found = self.keeper.store.read(self.find)
         self.last = found[-1].after if len(found) == self.limit else None
@@ -326,7 +331,7 @@ class _Removal:
         return remove_entries(text, here, place=self._place, now=self.keeper.clock.now())
 
     def record(self, removed: FileRemoval) -> None:
-        """Record the outcome."""
+        """Record the outcome of the edit."""
         if not removed.removals and removed.changes_no_rows:
             return
 
@@ -378,7 +383,7 @@ def _read(file: Path) -> bytes | None:
 
 
 def _demand_usable_names(file: str, folder: str) -> None:
-    """Raise FolderUnusable if a path cannot be in a CLI's file, or on record."""
+    """Raise FolderUnusable if a path cannot be written into a CLI's file or the store."""
     check_folder(folder)
     check_folder(file)
     if len(os.fsencode(file)) + len(os.fsencode(folder)) > MOST_NAME_BYTES:

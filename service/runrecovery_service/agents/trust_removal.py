@@ -1,9 +1,9 @@
 """Decides which trust entries are removed from a file, and how their rows change.
 
-An entry counts as gone only if that is proved: the file can be read, and lies at the place where
-the entry was added. A file system may be unmounted, an editor may have moved the file away. An
-entry that cannot be found then stays on record, and is reported once. A removed entry is searched
-again later: a CLI that had read the file before may write the entry back.
+An entry counts as gone only if the file can be read and is the file to which the entry was added.
+Otherwise the file system may be unmounted, or an editor may have moved the file away. An entry that
+cannot be found then stays recorded, and is reported once. After a removal the file is checked
+again, because a CLI that had read the file before may write the entry back.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ log = structlog.get_logger()
 
 FIRST_CHECK: Final = timedelta(seconds=5)
 LAST_CHECK: Final = timedelta(seconds=60)
-"""When, after a removal, the file is checked for an entry that a process has written back."""
+"""The times after a removal at which the file is checked for an entry that was written back."""
 AWAY_CHECK: Final = timedelta(seconds=10)
-"""Time between two checks for a file or place that is not there."""
+"""Time between two checks for a missing file or place."""
 RECORD_CHECK: Final = timedelta(seconds=60)
-"""Time between two tries to remove an entry whose own record prevents the removal."""
+"""Time between two tries to remove an entry whose record prevents the removal."""
 FILE_GONE: Final = timedelta(seconds=60)
-"""A file that is missing for this long is not just being replaced."""
+"""If a file is missing for this long, it is not just being replaced: it is gone."""
 PLACE_GONE: Final = timedelta(days=7)
-"""A file system that is missing for this long will not be mounted again."""
+"""If a place is missing for this long, its file system will not be mounted again: it is gone."""
 _BOM: Final = b"\xef\xbb\xbf"
 _AWAY_TEXTS: Final = {
-    NotRemoved.PLACE: "its folder, or the lock that was beside it, is not there",
-    NotRemoved.FILE: "it is not there, or empty",
+    NotRemoved.PLACE: "its folder, or the lock next to it, does not exist",
+    NotRemoved.FILE: "it does not exist, or is empty",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRemoval:
-    """A file's text without some entries (a `files.Change`), and how their rows change.
+    """The removal of entries from one file (a `files.Change`): the new text, and changes of rows.
 
     Attributes:
-        kept: one sentence for each entry that could not be removed, if that is new.
+        kept: one sentence for each newly found reason why entries could not be removed.
     """
 
     text: bytes | None
@@ -56,14 +56,14 @@ class FileRemoval:
 
     @property
     def changes_no_rows(self) -> bool:
-        """True when there is nothing to record."""
+        """Whether there is nothing to record."""
         return not self.settlement.forget and not self.settlement.marks
 
 
 def remove_entries(
     text: bytes | None, entries: Sequence[TrustEntry], *, place: str | None, now: datetime
 ) -> FileRemoval:
-    """Remove entries from the text of one file, if they are known to be in this file.
+    """Remove entries from the text of one file, as far as they are known to be in this file.
 
     Args:
         place: the identity of the file's lock, as in `TrustEntry.place`.
@@ -75,7 +75,7 @@ def remove_entries(
     removable: dict[config_files.AgentCli, dict[TrustEntry, Added]] = {}
     for entry in entries:
         if entry.place != place and not entry.ours:
-            continue  # another host's, and this is not its file
+            continue  # of another host, and not of this file
         cli, added = _parse(entry)
         if cli is None or added is None:
             builder.keep(entry, NotRemoved.RECORD, f"the record of {entry.folder} is damaged")
@@ -100,7 +100,7 @@ def _parse(entry: TrustEntry) -> tuple[config_files.AgentCli | None, Added | Non
 
 
 def parse_added(text: str) -> Added | None:
-    """Return the trust entry of a row; None: the row is damaged."""
+    """Parse `TrustEntry.added`; a damaged text gives None."""
     try:
         return Added.from_json(text)
     except (ValueError, TypeError, RecursionError):
@@ -110,7 +110,7 @@ def parse_added(text: str) -> Added | None:
 def _away(
     entry: TrustEntry, added: Added, text: bytes | None, place: str | None
 ) -> NotRemoved | None:
-    """Return why an entry that is not in the file may be elsewhere; None: it cannot be."""
+    """Return why the file may not be the one with the entry; None: it is."""
     if entry.place != place:
         return NotRemoved.PLACE
     if text is not None and text.removeprefix(_BOM).strip():
@@ -121,7 +121,7 @@ def _away(
 
 @dataclass(slots=True, kw_only=True)
 class _FileRemovalBuilder:
-    """Collects the changes of one file and of its rows."""
+    """Collects the changes of one file and of the rows of its entries."""
 
     text: bytes | None
     now: datetime
@@ -140,14 +140,17 @@ class _FileRemovalBuilder:
         )
 
     def forget(self, entry: TrustEntry, outcome: Outcome) -> None:
-        """Report the outcome, and delete the row."""
+        """Report the outcome for an entry, and delete its row."""
         self._report(entry, outcome)
         self._forget.append(entry)
 
     # -- entries that are not there ------------------------------------------------------------
 
     def add_missing(self, entry: TrustEntry, away: NotRemoved) -> None:
-        """Keep the row of an entry whose file is missing, unless it was removed or is long gone."""
+        """Keep the row of an entry whose file is missing, until the file counts as gone.
+
+        The row of an entry that was already removed is deleted.
+        """
         if entry.removed_at is not None:
             self._check_again(entry, entry.removed_at)
             return
@@ -155,10 +158,10 @@ class _FileRemovalBuilder:
         if self.now - self._away_since(entry, away) >= limit:
             self.forget(entry, Outcome.GONE)
             return
-        self.keep(entry, away, f"entries stay on record: {_AWAY_TEXTS[away]}")
+        self.keep(entry, away, f"entries stay recorded: {_AWAY_TEXTS[away]}")
 
     def keep(self, entry: TrustEntry, away: NotRemoved, why: str) -> None:
-        """Keep the row of an entry, and report why if that is new."""
+        """Keep the row of an entry, and report the reason if it is new."""
         pause = RECORD_CHECK if away is NotRemoved.RECORD else AWAY_CHECK
         mark = EntryUpdate(
             look_at=self.now + pause,
@@ -199,7 +202,7 @@ class _FileRemovalBuilder:
     def _remove_halves(
         self, cli: config_files.AgentCli, entries: Mapping[TrustEntry, Added], error: Exception
     ) -> None:
-        """Remove the entries in two halves, to find the one that leads to the failure."""
+        """Remove the entries in two halves, to find the entry that causes the failure."""
         if len(entries) == 1:
             (entry,) = entries
             if entry.removed_at is not None:
@@ -224,7 +227,7 @@ class _FileRemovalBuilder:
             self._forget.append(entry)
 
     def _check_again(self, entry: TrustEntry, removed_at: datetime) -> None:
-        """Keep the row for two checks after the removal, and then delete it."""
+        """Keep the row for two checks after the removal, then delete it."""
         if entry.removed_at is None:
             mark = EntryUpdate(removed_at=removed_at, look_at=self.now + FIRST_CHECK)
         elif timedelta() <= self.now - removed_at < LAST_CHECK:
@@ -250,10 +253,10 @@ def _is_defect(error: TrustError) -> bool:
 
 
 def describe_error(file: str, error: Exception) -> str:
-    """Return the failure of a file, as a sentence that names the file.
+    """Return a sentence about the failure that names the file.
 
-    Of an error that is not about the file, such as one of a database driver, only the class is
-    named.
+    For errors that are not about the file, such as errors of a database driver, it has only the
+    name of the class.
     """
     text = str(error) if isinstance(error, TrustError | OSError) else type(error).__name__
     return text if file in text else f"{file}: {text}"

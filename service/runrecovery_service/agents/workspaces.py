@@ -1,6 +1,6 @@
 """Locates the files of each attempt.
 
-<runs_dir>/<run key>/<attempt>/workspace/      the agent's own folder, 0700
+<runs_dir>/<run key>/<attempt>/workspace/      the working directory of the agent, 0700
 <runs_dir>/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)
 <runs_dir>/<run key>/<attempt>/permissions/    the files of the permission hook, 0700
 <runs_dir>/<run key>/<attempt>/shim-<turn>.log the journal of a launch, 0600
@@ -23,19 +23,19 @@ class Workspaces:
         self.runs = runs
 
     def attempt(self, run_key: int, attempt: int) -> Path:
-        """Return the folder that holds everything of an attempt; it may not exist yet."""
+        """Return the folder with all files of an attempt; it may not exist yet."""
         return self.runs / str(run_key) / str(attempt)
 
     def workspace(self, run_key: int, attempt: int) -> Path:
-        """Return the folder that the agent works in; it may not exist yet."""
+        """Return the working directory of the agent; it may not exist yet."""
         return self.attempt(run_key, attempt) / "workspace"
 
     def output(self, run_key: int, attempt: int, channel: str = "stdout") -> Path:
-        """Return the file with what the agent of an attempt has printed."""
+        """Return the file with the printed output of an attempt."""
         return self.attempt(run_key, attempt) / f"{channel}.log"
 
     def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
-        """Return the journal of the launch of a turn (`process/shim_journal.py`)."""
+        """Return the journal of a turn's launch (`process/shim_journal.py`)."""
         return self.attempt(run_key, attempt) / f"shim-{turn}.log"
 
     def output_rest(self, run_key: int, attempt: int, turn: int) -> Path:
@@ -43,15 +43,15 @@ class Workspaces:
         return self.attempt(run_key, attempt) / f"stdout-{turn}{REST_SUFFIX}"
 
     def permissions(self, run_key: int, attempt: int) -> Path:
-        """Return the folder for the files of a permission hook; it may not exist."""
+        """Return the folder for the files of the permission hook; it may not exist."""
         return self.attempt(run_key, attempt) / "permissions"
 
     def prepare(self, run_key: int, attempt: int, *, fresh: bool) -> Path:
-        """Make the folder that the agent works in, and return it. Blocks briefly.
+        """Create the working directory of the agent, and return it. Blocks briefly.
 
         Args:
-            fresh: the attempt begins. An existing folder then belongs to another run, from before
-                an older database was restored. It is renamed.
+            fresh: whether the attempt begins now. An existing folder then belongs to another run,
+                from before an older database was restored, and is renamed.
         """
         folder = self.attempt(run_key, attempt)
         if fresh and folder.exists():

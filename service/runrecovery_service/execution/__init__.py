@@ -1,1 +1,1 @@
-"""Executes runs while the service serves: queue, launch, supervision, end."""
+"""Executes runs while the service serves: takes them from the queue, launches, supervises, ends."""

@@ -1,10 +1,12 @@
-"""The pipes of one process: its lines are parsed, its output is kept without secrets.
+"""The pipes of one process: parses its lines, and keeps its output without secrets.
 
-What the process and its shim report is put into a queue of events, in the order in which it came.
+Everything that the process and its shim report becomes an event in a queue, in the order of
+arrival.
 
-Standard output is read at once, whatever its parser and the store are doing: some agent CLIs exit
-without writing the rest of their output to a full pipe. It waits in a backlog until it is parsed,
-in memory that the shim can read as well: none of it is lost when the service is killed.
+Standard output is read at once, even while the parser or the store is busy, because some agent CLIs
+exit without writing the rest of their output to a full pipe. The output waits in a backlog until it
+is parsed, in memory that the shim can read as well, so that none of it is lost when the service is
+killed.
 """
 
 from __future__ import annotations
@@ -34,16 +36,19 @@ from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.spool import READ_BYTES
 
 LONG_LINE_BYTES: Final = 16384
-"""Longer lines are parsed in a thread: a line of 1 MiB takes the loop a second and more."""
+"""Longer lines are parsed in a thread: a line of 1 MiB would block the event loop for a second."""
 STDERR_TAIL_BYTES: Final = 2000
 UTF8_CONTINUATION: Final = bytes(range(0x80, 0xC0))
 OVERTIME_BYTES: Final = 16 << 20
-"""How much output is still parsed after a deadline; a descendant may write for ever."""
+"""How much output is still parsed after a deadline. There is a limit because a descendant may write
+for ever."""
 BACKLOG_BYTES: Final = 4 << 20
-"""How much output of one process may wait to be parsed. Beyond it, the pipe makes it wait."""
+"""How much output of one process may wait to be parsed. If there is more, the pipe is not read, and
+the process waits."""
 UNTAKEN_BYTES: Final = 1 << 20
 UNTAKEN_EVENTS: Final = 1000
-"""Bytes of lines, and events, parsed ahead of the supervisor, which may wait for the store."""
+"""How many bytes of lines, and how many events, are parsed ahead of the supervisor, which may be
+waiting for the store."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -52,11 +57,12 @@ class AgentIO:
 
     Attributes:
         listener: parses the lines of this process.
-        max_line_bytes: a longer line breaks the protocol.
-        events: takes what the process and its shim report.
+        max_line_bytes: the longest line that the protocol allows.
+        events: the queue of events for the supervisor.
         threads: the pool for blocking work.
-        log: the log of the turn. Its run names the files that keep the output.
-        journal: the journal of the launch. It gets a record once all of standard output is kept.
+        log: the log of the turn, whose run determines the files of the output.
+        journal: the launch's journal, in which a record is written once all of standard output is
+            kept.
     """
 
     process: ShimmedProcess
@@ -87,15 +93,15 @@ class AgentIO:
     def stderr_tail(self) -> str:
         """The last part of the process's standard error, without secrets."""
         tail = self._stderr_tail
-        if len(tail) == STDERR_TAIL_BYTES:  # it may begin inside a character
+        if len(tail) == STDERR_TAIL_BYTES:  # the tail may begin inside a character
             tail = tail.lstrip(UTF8_CONTINUATION)
         return tail.decode("utf-8", "replace").replace("\0", "").strip()
 
     def has_unread_output(self) -> bool:
-        """Return True while output is unread or unparsed.
+        """Return whether output is still unread or unparsed.
 
-        The supervisor then gives the agent more time, because it is this service that reads
-        slowly. After `OVERTIME_BYTES` of such output this returns False.
+        If so, the supervisor gives the agent more time, because the service is what reads slowly.
+        After `OVERTIME_BYTES` of this output, return False.
         """
         if self._overtime_from is None:
             self._overtime_from = self._parsed_bytes
@@ -107,7 +113,7 @@ class AgentIO:
     # -- input ---------------------------------------------------------------------------------
 
     async def write(self, data: bytes) -> bool:
-        """Write to the process; return False when it has closed its input."""
+        """Write to the process; return False if it has closed its input."""
         try:
             await write_all(self.process.stdin.fileno(), data)
         except (BrokenPipeError, ValueError):
@@ -116,11 +122,11 @@ class AgentIO:
         return True
 
     async def wait_until_input_read(self) -> bool:
-        """Return True once the process has read its input, False when it has closed it unread."""
+        """Wait until the process has read its input; return False if it closes the input unread."""
         return await wait_until_read(self.process.stdin.fileno())
 
     def close_input(self) -> None:
-        """Close the process's input: no reply will follow."""
+        """Close the process's input, because no reply will follow."""
         self.process.stdin.close()
 
     # -- output --------------------------------------------------------------------------------
@@ -131,7 +137,7 @@ class AgentIO:
             pass
 
     async def parse_stdout(self) -> None:
-        """Parse standard output until its end, and report each line."""
+        """Parse standard output until its end, and put its events into the queue."""
         while data := await self._backlog.take(READ_BYTES):
             self._is_parsing = True
             self._parsed_bytes += len(data)
@@ -162,7 +168,7 @@ class AgentIO:
         )
 
     async def _take_lines(self, lines: list[bytes], *, end: bytes = b"\n") -> None:
-        """Keep what the lines say, and then report it."""
+        """Keep the lines, and then put their events into the queue."""
         longest = max(self.listener.buffered_bytes, *map(len, lines))
         if longest > LONG_LINE_BYTES:
             parsed = await run_blocking(self.threads, lambda: [self._parse(line) for line in lines])
@@ -178,7 +184,7 @@ class AgentIO:
             self._untaken_bytes = 0
 
     def _parse(self, line: bytes) -> tuple[bytes, Sequence[TurnEvent]]:
-        """Return the line as it may be kept and shown, and the events in it."""
+        """Return the line without secrets, and the events in it."""
         try:
             heard = self.listener.hear(line)
         except ProtocolError as error:
@@ -193,7 +199,7 @@ class AgentIO:
             self._parsed_bytes += len(data)
             text = self.listener.redact(self._stderr_held + data)
             end = max(len(text) - max(self.listener.max_secret_bytes - 1, 0), 0)
-            self._stderr_held = text[end:]  # a secret may come in two pieces
+            self._stderr_held = text[end:]  # a secret may arrive in two pieces
             await self._keep_stderr(text[:end])
             self._is_keeping = False
         held, self._stderr_held = self._stderr_held, b""
@@ -201,11 +207,11 @@ class AgentIO:
         self.events.put_nowait(Signal.STDERR_ENDED)
 
     async def take_unfinished_line(self) -> Sequence[TurnEvent]:
-        """Store and parse the last line of an agent that has exited, if the line has no newline.
+        """Keep and parse the last line of an agent that has exited, if the line has no newline.
 
         Returns:
-            The meaning of the line; nothing if it cannot be parsed. It may be half a line of a
-            child that still writes to the pipe.
+            The events of the line; none if it cannot be parsed, because it may be half a line of a
+                child that still writes to the pipe.
         """
         line = b"".join(self._line_start)
         if not line:
@@ -216,7 +222,7 @@ class AgentIO:
         return [event for event in events if not isinstance(event, ProtocolBroken)]
 
     async def keep_held_stderr(self) -> None:
-        """Keep the end of standard error that was held back because a secret might follow."""
+        """Keep the end of standard error, which was held back in case it began a secret."""
         await self._keep_stderr(self._stderr_held)
 
     async def _keep_stderr(self, text: bytes) -> None:
@@ -254,7 +260,12 @@ class AgentIO:
         return self.output.append(run.key, run.attempt, channel, data)
 
     def _note_kept(self, added: int, size: int | None) -> None:
-        """Record the file of standard output. `size`: its size; None: output was lost."""
+        """Record how the file of standard output has grown.
+
+        Args:
+            added: the bytes that were appended.
+            size: the size of the file; None: output was lost.
+        """
         if size is None:
             self._is_all_kept = False
         elif self._kept_from is None:
@@ -277,7 +288,7 @@ class AgentIO:
     # -- the shim ------------------------------------------------------------------------------
 
     async def read_shim_report(self) -> None:
-        """Put the events of the shim into the queue, until it closes its report."""
+        """Put the events of the shim into the queue, until it closes its pipe for reports."""
         events, self.process.unread_events = self.process.unread_events, []
         while True:
             for event in events:

@@ -1,4 +1,4 @@
-"""Output that was read from a pipe and is not parsed yet, up to a bound."""
+"""A bounded buffer of output that was read from a pipe but is not parsed yet."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from runrecovery_service.process.spool import Spool
 class Backlog:
     """The part of a spool between the task that reads the pipe and the task that parses.
 
-    The reader waits only while the backlog is full. An agent that prints faster than its output is
-    parsed is then slowed down by its pipe, and the memory of the service stays bounded.
+    While the backlog is full, the reader waits. The pipe then slows down an agent that prints
+    faster than its output is parsed, and the memory of the service stays bounded.
     """
 
     def __init__(self, spool: Spool, *, max_bytes: int) -> None:
@@ -32,7 +32,7 @@ class Backlog:
         return self._taken_to
 
     async def fill(self, pipe: int) -> bool:
-        """Add what a pipe has, and return once there is room for more; False at its end."""
+        """Add the bytes in a pipe, and wait until there is room for more; False at its end."""
         is_open = bool(await read_by(pipe, self._spool.fill))
         self._has_ended = not is_open
         self._has_news.set()
@@ -42,7 +42,7 @@ class Backlog:
         return is_open
 
     async def take(self, most: int) -> bytes:
-        """Wait for bytes, and return up to `most` of them; empty at the end."""
+        """Wait for bytes, and return up to `most` of them; at the end return none."""
         while not len(self) and not self._has_ended:
             self._has_news.clear()
             await self._has_news.wait()

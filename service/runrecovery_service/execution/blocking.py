@@ -11,5 +11,5 @@ R = TypeVar("R")
 
 
 async def run_blocking(threads: Executor, do: Callable[..., R], *args: object) -> R:
-    """Return the result of `do(*args)`, which runs in one of the threads."""
+    """Run `do(*args)` in one of the threads, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(threads, do, *args)

@@ -1,7 +1,7 @@
-"""Carries out the deadlines of runs: of waits, of whole runs, of pauses, of what is kept to reopen.
+"""Carries out the deadlines of runs: of waits, whole runs, pauses, and sessions kept for ReopenRun.
 
-Deadlines are rows, so that a restart forgets none. Those that passed while the service was down are
-carried out right after its start.
+Deadlines are stored, so that a restart forgets none. Deadlines that passed while the service was
+down are carried out right after its start.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from runrecovery_service.storage.instances import Owner
 log = structlog.get_logger()
 
 CHECK_INTERVAL_S: Final = 0.25
-"""How late, on top of the work itself, a deadline may be carried out."""
+"""Seconds between two checks, by which a deadline may be carried out late."""
 PER_CHECK: Final = 500
 _TOGETHER: Final = {
     DueKind.RESUME: deadlines.end_pauses,
     DueKind.REOPEN: deadlines.end_reopening,
 }
-"""Deadlines that only change their rows, many in one write. The deletion of data comes last."""
+"""Deadlines that only change their rows: one write carries out many. Deletion comes last."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -59,15 +59,15 @@ class Deadlines:
         )
 
     def start(self) -> None:
-        """Start to check. The recovery has converted all deadlines to the clock that runs now."""
+        """Start the checks. The recovery has converted all deadlines to the present clock."""
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop checking. The store may still carry out deadlines that were passed to it."""
+        """Stop the checks. Writes that the store already has may still be committed."""
         await self._loop.cancel()
 
     async def check(self) -> None:
-        """Carry out every deadline that has passed, together, so that they share commits."""
+        """Carry out all passed deadlines concurrently, so that they share commits."""
         found = await self.storage.read_row(
             deadlines.passed_deadlines, self.owner, steady=self.clock.steady(), limit=PER_CHECK
         )
@@ -90,7 +90,7 @@ class Deadlines:
                 )
 
     async def _try_to_carry_out(self, one: PassedDeadline) -> None:
-        """Carry out one deadline; a failure does not stop the others."""
+        """Carry out one deadline. A failure does not prevent the others."""
         try:
             await self._carry_out(one)
             self._failed.discard(one)

@@ -1,4 +1,4 @@
-"""Gives slots to queued runs, first come first served, and launches them."""
+"""Gives free slots to queued runs, in the order of the queue, and launches them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from runrecovery_service.storage.turns import Turn
 log = structlog.get_logger()
 
 FINISH_S: Final = 5.0
-"""How long a stop waits for turns that have ended and are only to be recorded."""
+"""How long a stop waits for turns that have ended but are not recorded yet."""
 CHECK_INTERVAL_S = 5.0
-"""The queue is checked when something changes, and at least this often."""
+"""The longest time between two checks of the queue. A change causes a check at once."""
 SHARED_CHECK_INTERVAL_S: Final = 1.0
-"""On a shared store at least this often: peers queue runs, and have runs to take, without
-notice."""
+"""The same on a shared store, where changes by peers cause no check."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -37,9 +36,9 @@ class Dispatcher:
     """Launches queued runs while slots are free.
 
     Attributes:
-        capacity: processes at one time. Only a running turn holds a slot: the count cannot leak.
-        failing_s: the time from the first to the last of the queue's failed checks in a row. A
-            time and not their number, because many changes cause many checks within a moment.
+        capacity: the number of slots. The slots in use are the running turns, so none can leak.
+        failing_s: the seconds from the first to the last of the latest failed checks of the queue.
+            Their number would say little, because many changes cause many checks within a moment.
     """
 
     queue: RunQueue
@@ -70,16 +69,16 @@ class Dispatcher:
 
     @property
     def slots_in_use(self) -> int:
-        """Processes alive or being launched."""
+        """The number of turns whose process is alive or being launched."""
         return len(self.turns)
 
     @property
     def at_work(self) -> int:
-        """Turns that do not wait for their user, and one that is being taken from the queue."""
+        """The number of turns that do not wait for a user, including one that is being taken."""
         return self.turns.at_work + self._is_take_under_way
 
     def start(self) -> None:
-        """Start to launch. Not called in safe mode."""
+        """Start to launch queued runs. Not called in safe mode."""
         self._changes = self.queue.storage.changes.subscribe()
         self._record_watch.start()
         self._task = asyncio.create_task(self._work(self._changes), name="dispatcher")
@@ -90,11 +89,11 @@ class Dispatcher:
             self._changes.wake()
 
     def pause(self) -> None:
-        """Take no run from the queue any more; turns under way continue."""
+        """Take no more runs from the queue. Turns under way continue."""
         self._is_taking = False
 
     def hold(self, *, held: bool) -> None:
-        """Take no run from the queue while it is held; turns under way continue."""
+        """While `held`, take no runs from the queue. Turns under way continue."""
         self._is_held = held
         self.check_queue()
 
@@ -121,7 +120,7 @@ class Dispatcher:
             supervisor.launch.leave_output()
 
     async def release(self) -> None:
-        """Detach, and reap the shims of trees that a recovery has ended."""
+        """Detach, and reap the shims of process trees that a recovery has ended."""
         await self.detach()
         for supervisor in self.turns.supervisors:
             gone = supervisor.launch.is_shim_gone
@@ -135,7 +134,7 @@ class Dispatcher:
         if not left:
             return
         log.info("execution.ending_all", processes=len(left))
-        while left:  # once, unless a launch key was given out twice
+        while left:  # repeats only if two launches have the same key
             by_key = {supervisor.turn.launch.key: supervisor for supervisor in left}
             endings = await asyncio.to_thread(
                 self.launcher.end_trees,
@@ -164,7 +163,7 @@ class Dispatcher:
                     self._is_take_in_doubt = True
                     self._note_failure()
                     self._failures.report(error)
-                except Exception:  # the edge of this task: nothing would be launched any more
+                except Exception:  # the task must survive, or nothing would be launched any more
                     self._note_failure()
                     log.exception("execution.dispatch_failed")
                 await changes.next(
@@ -199,10 +198,10 @@ class Dispatcher:
         return self._is_taking and not self._is_held
 
     def _demand_new(self, turn: Turn) -> None:
-        """Launch nothing for a key that a living process has: its files have that key too.
+        """Check that no living process has the key of this turn's run, which also names its files.
 
         Raises:
-            RunGone: a run with a living process is not in the store, or not with its launch.
+            RunGone: a run with a living process, or its launch, is missing in the store.
         """
         for supervisor in self.turns.supervisors:
             living = supervisor.turn
@@ -210,7 +209,7 @@ class Dispatcher:
                 raise RunGone(f"run {living.run.run_id!r}, whose process lives,")
 
     async def _give_back(self) -> None:
-        """Requeue runs whose taking was committed although it was reported to have failed."""
+        """Requeue runs that were taken by a commit that seemed to have failed."""
         count = await self.queue.give_back(self.turns.cookies)
         self._is_take_in_doubt = False
         if count:
@@ -228,24 +227,24 @@ class Dispatcher:
         try:
             await supervisor.follow()
         except asyncio.CancelledError:
-            supervisor.records.log.left()
+            supervisor.records.log.left_to_recovery()
             raise
         except Fenced as error:
-            supervisor.records.log.left()
+            supervisor.records.log.left_to_recovery()
             self.stop_signal.fail(error)
-            return  # its process is left to `stop`, which comes next
-        except Exception:  # the edge of this task: no caller would get the error
+            return  # `stop` comes next, and ends the process
+        except Exception:  # no caller awaits this task
             log.exception("execution.session_failed", run_id=supervisor.turn.run.run_id)
             await self._end_after_defect(supervisor)
-        # Not in a `finally`: a cancelled supervisor still has a process, which `stop` ends.
+        # Not in a `finally`: the process of a cancelled supervisor is left to `stop`.
         self.turns.remove(supervisor)
         self.check_queue()
 
     async def _end_after_defect(self, supervisor: TurnSupervisor) -> None:
-        """End the processes that a supervisor leaves when it meets a defect."""
+        """End the processes of a supervisor that has failed because of a defect."""
         try:
             await supervisor.end_after_defect()
         except Fenced as error:
             self.stop_signal.fail(error)
-        except Exception:  # the edge of this task; without heartbeats the shim ends the tree
+        except Exception:  # without heartbeats the shim ends the tree
             log.exception("execution.session_failed", run_id=supervisor.turn.run.run_id)

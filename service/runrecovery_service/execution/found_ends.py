@@ -1,8 +1,8 @@
 """Finds the result or question of a turn that had ended before the service could record it.
 
 The kept output is parsed by the same dialect and the same rules as the output of a living process.
-Three things must be proved, or nothing is found: the shim has recorded that the agent exited with
-0, it is on record that all of the output was kept, and the machine has not crashed since.
+An end counts only if three conditions are proved. The shim has recorded that the agent exited with
+0. It is recorded that all of the output was kept. The machine has not been booted since.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ log = structlog.get_logger()
 
 REREAD_BYTES: Final = 16 << 20
 REREAD_LINES: Final = 100_000
-"""Longer output of one turn is not parsed again: it would delay the start. A line of a few bytes
-takes some 10 µs, a report of usage 50 µs."""
+"""Output of one turn above these limits is not parsed again, because that would delay the start. A
+line of a few bytes takes some 10 µs, a report of usage 50 µs."""
 
 
 class NothingFound(Exception):
@@ -53,7 +53,7 @@ class NothingFound(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndFinder:
-    """Finds the ends of turns in the kept output. Blocking.
+    """Finds the ends of turns in the kept output.
 
     Attributes:
         boot_id: the current boot of the machine.
@@ -65,7 +65,7 @@ class EndFinder:
     boot_id: str
 
     def find(self, turn: OpenTurn) -> FoundEnd | None:
-        """Return the end of a turn whose process had exited with 0; None if nothing proves it."""
+        """Return the end that a turn's kept output proves; None if it proves none. Blocking."""
         try:
             end, used = self._find(turn)
             wait_s = turn.session_timeout_s or self.catalog.get(turn.engine).session_timeout_s
@@ -112,11 +112,11 @@ def kept_turn(workspaces: Workspaces, turn: OpenTurn) -> KeptTurn:
 def end_of_output(
     output: bytes, dialect: Dialect, turn: OpenTurn, kept: KeptTurn
 ) -> tuple[Asked | Succeeded, TurnUsage | None]:
-    """Return the result or question with which the whole output of a process ends, and its usage.
+    """Return the result or question at the end of a process's whole output, and the usage in it.
 
     Raises:
-        NothingFound, ProtocolError, HandleUnusable: a living process with this output would not
-            have ended with a result or a question that can be used now.
+        NothingFound, ProtocolError, HandleUnusable: the output does not end with a usable result or
+            question by the rules for a living process.
     """
     session = turn.session
     if session is not None and session.type != dialect.session_type:
@@ -135,7 +135,7 @@ def end_of_output(
     end = judge(state, ProcessEnd(exit_code=0, failure=listener.failure(0, "")))
     if state.is_at_work or not isinstance(end, Asked | Succeeded):
         raise NothingFound
-    # The session that the process named last must be the one on record.
+    # The session that the process named last must be the recorded one.
     if isinstance(end, Asked) and sessions_named > (session is not None and not kept.is_resumed):
         raise NothingFound
     return end, state.used
@@ -149,14 +149,14 @@ def _lines(output: bytes) -> list[bytes]:
 def _take_line(
     state: TurnState, line: bytes, listener: Listener, rules: TurnRules
 ) -> tuple[TurnState, int]:
-    """Return the state after a line, and how many sessions the line named."""
+    """Return the state after a line, and the number of sessions that the line named."""
     heard, sessions_named = listener.hear(line), 0
     for event in (*heard.messages, LineRead(heard.at_work)):
         state, action = advance(state, event, rules, now_s=0.0)
         match action:
             case CompareEnds(first, second) if not is_repeated(first, second):
                 raise NothingFound
-            case RecordQuestion():  # the output does not show whether the reply came after it
+            case RecordQuestion():  # the output does not show whether a reply followed
                 raise NothingFound
             case RecordSession():
                 sessions_named += 1

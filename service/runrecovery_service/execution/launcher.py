@@ -1,7 +1,7 @@
 """Launches the process of one turn below a shim, and ends its tree.
 
-Each state of the launch record is written before the process that it describes can act. What the
-process prints and reads meanwhile is in `agent_io.py`.
+Each state of the launch record is committed before the step that it permits. The pipes of the
+process are handled in `agent_io.py`.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ from runrecovery_service.trust.errors import TrustFileBusy
 R = TypeVar("R")
 
 DELAY_FIRST_S, DELAY_MOST_S = 0.1, 2.0
-"""The first and the longest pause between two tries of a launch that lacks resources."""
+"""The first and the longest pause, in seconds, before a launch is tried again for which the system
+lacks resources."""
 LOST_SHIMS_MOST: Final = 5
-"""This many shims may be lost at the gate, in a row, before the launch fails. A shim that gets no
-descriptor or memory from the system, or is killed, cannot report that."""
+"""How many shims in a row may end at the gate before the launch fails. A shim that is killed, or
+gets no descriptor or memory, cannot report why it ends."""
 ENDING_DEADLINE_S: Final = 30.0
-"""Time after the grace for ending one tree. A tree that survives is recorded as KILL_PENDING."""
+"""Time limit for ending one tree, after the grace. A tree that survives is recorded as
+KILL_PENDING."""
 
 
 class LeaseOver(Exception):
@@ -74,14 +76,14 @@ class Withdrawn(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launcher:
-    """Launches processes, with the resources that all launches share.
+    """The resources that all launches share.
 
     Attributes:
         threads: the pool for blocking work.
         cgroups: the parent of the cgroups of the launches; None if cgroups are not used.
-        environ: the service's environment, of which agents get a part.
+        environ: the service's environment, some of whose variables agents get.
         cancel_grace_s: seconds between SIGTERM and SIGKILL.
-        share: what the machine leaves for each agent.
+        share: the open files and the pipe size that each agent gets.
     """
 
     workspaces: Workspaces
@@ -96,7 +98,12 @@ class Launcher:
     def end_trees(
         self, markers: Sequence[LaunchMarkers], *, why: str, deadline_s: float
     ) -> Mapping[int, Ending]:
-        """End the trees of launches, and return by launch key what was ended. Blocking."""
+        """End the trees of launches, and return the result of each by launch key. Blocking.
+
+        Args:
+            why: the reason, for the log.
+            deadline_s: time limit after the grace.
+        """
         return end_trees(markers, why=why, grace_s=self.cancel_grace_s, deadline_s=deadline_s)
 
 
@@ -105,8 +112,8 @@ class Launch:
     """One launch: call `start`, then `end_tree` and `release`, even if the start failed.
 
     Attributes:
-        markers: prove which processes belong to the launch, as far as they are known.
-        prefilled: bytes of the agent's input that were in its pipe when it started.
+        markers: the markers of the launch's processes that are known so far.
+        prefilled: the number of bytes of the agent's input that were in its pipe before its start.
     """
 
     launcher: Launcher
@@ -133,7 +140,7 @@ class Launch:
 
     @property
     def is_guarded(self) -> bool:
-        """False when the shim is gone, or is stopped and so cannot end its tree."""
+        """Whether the shim can end its tree: it exists, and is not stopped by a signal."""
         if self._process is None:
             return True
         shim = read_proc(self._process.pid)
@@ -142,7 +149,7 @@ class Launch:
 
     @property
     def is_shim_gone(self) -> bool:
-        """True when the shim has ended. A shim ends once its tree has ended."""
+        """Whether the shim has ended. A shim ends once its tree has ended."""
         shim = None if self._process is None else read_proc(self._process.pid)
         return shim is None or shim.dead
 
@@ -157,19 +164,19 @@ class Launch:
             self._process.leave_output()
 
     def withdraw(self) -> None:
-        """End a shim that still waits at its gate; its agent never starts."""
+        """End a shim that still waits at its gate, so that its agent never starts."""
         self.stop_waiting()
         if self._process is not None and not self._is_gate_open:
             self._process.close_gate()
 
     def stop_waiting(self) -> None:
-        """Make a launch that waits raise `Withdrawn`; a launch that does not wait continues."""
+        """If the launch is waiting for something, make it raise Withdrawn; otherwise do nothing."""
         self._unwanted.set()
 
     # -- starting ------------------------------------------------------------------------------
 
     async def start(self, engine: Engine, opening: Opening) -> ShimmedProcess:
-        """Launch the agent. A launch for which the system lacks resources is tried again.
+        """Launch the agent. If the system lacks resources, try again until it has them.
 
         Raises:
             LaunchFailed: the agent could not be started.
@@ -192,14 +199,15 @@ class Launch:
     async def demand_wanted(self) -> None:
         """Raise Withdrawn if the run was ended meanwhile.
 
-        Of a cancel that was accepted before the turn had a supervisor, only the store knows.
+        This reads the store, because a cancel may have been accepted before the turn had a
+        supervisor.
         """
         self._pause(0)
         if (await self.records.read_run()).cancel_requested:
             raise Withdrawn
 
     async def _try_to_start(self, engine: Engine, opening: Opening) -> LaunchDelayed | None:
-        """Start the agent, or return why the launch has to be tried again."""
+        """Try once to start the agent. Return None, or why the launch must be tried again."""
         try:
             await self._start(engine, opening)
         except LaunchDelayed as error:
@@ -214,7 +222,7 @@ class Launch:
             self._lost_shims += 1
             if self._lost_shims >= LOST_SHIMS_MOST:
                 raise
-            return LaunchDelayed(error.reason)  # nothing of the agent has run
+            return LaunchDelayed(error.reason)  # the agent has not started
         return None
 
     async def _dispose_of_process(self) -> None:
@@ -234,7 +242,8 @@ class Launch:
         process = await self._run_to_end(lambda: self._prepare(engine, command, workspace, env))
         await self.records.record_shim(pid=process.pid, start_ticks=process.start_ticks)
         await self.records.record_start()
-        # Before the agent starts: Gemini CLI assumes no input if none is there at once.
+        # Filled before the agent starts: Gemini CLI assumes that there is no input unless it is in
+        # the pipe at once.
         self.prefilled = fill(process.stdin.fileno(), opening.input)
         await self.demand_wanted()
         await self._run_to_end(self._open_gate)
@@ -242,9 +251,9 @@ class Launch:
         self.records.log.launched(pid=None if agent is None else agent.pid, shim=process.pid)
 
     async def _run_to_end(self, do: Callable[[], R]) -> R:
-        """Run a step in a thread, and wait for its end even when cancelled.
+        """Run a step in a thread, and wait for its end even if the task is cancelled.
 
-        What the thread made has to be known to the caller that ends this launch.
+        The caller that ends this launch must know everything that the thread has created.
         """
         step = asyncio.ensure_future(run_blocking(self.launcher.threads, do))
         try:
@@ -272,8 +281,8 @@ class Launch:
         try:
             workspace = self.launcher.workspaces.prepare(run.key, run.attempt, fresh=is_fresh)
         except OSError as error:
-            raise launch_error(error, f"the workspace cannot be made: {error.strerror}") from error
-        self._has_workspace = True  # a later try of this launch uses it too
+            raise launch_error(error, f"cannot create the workspace: {error.strerror}") from error
+        self._has_workspace = True  # a repeated launch uses it too
         return workspace
 
     def _prepare_cli(
@@ -358,10 +367,10 @@ class Launch:
     async def _add_trust(self, cli: str, workspace: Path, env: Mapping[str, str]) -> None:
         """Make the CLI trust the workspace, before the agent starts.
 
-        While another program locks the CLI's file, the launch waits instead of failing.
+        While another program has the CLI's file locked, the launch waits instead of failing.
 
         Raises:
-            LaunchFailed: the CLI cannot be made to trust it.
+            LaunchFailed: the CLI cannot be made to trust the workspace.
             Withdrawn: the run was ended meanwhile.
         """
         is_reported = False
@@ -376,7 +385,10 @@ class Launch:
     async def _try_to_add_trust(
         self, cli: str, workspace: Path, env: Mapping[str, str]
     ) -> LaunchFailed | Withdrawn | TrustFileBusy | None:
-        """Return what went wrong. Not raised: the retry loop retries everything that is raised."""
+        """Try once to add the entry. Return None, or the failure.
+
+        The failure is not raised, because the retry loop retries everything that is raised.
+        """
 
         def add() -> LaunchFailed | Withdrawn | TrustFileBusy | None:
             run, trust = self.records.turn.run, self.launcher.trust
@@ -390,7 +402,7 @@ class Launch:
             except TrustRefused as error:
                 is_transient = getattr(error.__cause__, "errno", None) in TRANSIENT
                 return (LaunchDelayed if is_transient else LaunchFailed)(str(error))
-            except Exception as error:  # a defect, which each further try would meet again
+            except Exception as error:  # a defect, which would occur in each further try
                 kind = type(error).__name__
                 self.records.log.warning("trust.not_added", error=kind, exc_info=True)
                 return LaunchFailed(f"{cli} cannot be made to trust the workspace: {kind}")
@@ -418,7 +430,7 @@ class Launch:
     # -- ending --------------------------------------------------------------------------------
 
     async def end_tree(self, *, why: str) -> Ending:
-        """End what is left of the tree, even if it is only a child that the agent left behind."""
+        """End all remaining processes of the tree, including children that outlive the agent."""
         launcher = self.launcher
         endings = await retry_until_done(
             lambda: run_blocking(
@@ -435,16 +447,16 @@ class Launch:
         return ending
 
     async def killed_by_shim(self) -> frozenset[Identity]:
-        """Return the processes that the shim killed by itself."""
+        """Return the processes that the shim itself has killed."""
         return await run_blocking(self.launcher.threads, killed_by_shim, self.journal)
 
     def release(self, *, gone: bool) -> list[ShimEvent]:
-        """Return the last events of the shim, close the pipes and reap the shim. Blocks shortly.
+        """Return the last events of the shim, close the pipes and reap the shim. Blocks briefly.
 
-        Call it after the tree was ended: until then the unreaped shim keeps its pid.
+        Call this after the tree has ended, because only an unreaped shim keeps its pid.
 
         Args:
-            gone: no process of the tree is left. False: the shim is not reaped.
+            gone: whether no process of the tree is left. If False, the shim is not reaped.
         """
         process, lease = self._process, self.records.turn.launch
         if process is None:

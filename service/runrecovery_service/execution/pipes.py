@@ -1,7 +1,7 @@
 """Reads and writes pipes on the event loop, by their descriptors.
 
-Not as transports of the loop: uvloop closes the descriptor of a pipe transport twice, and the
-second time it may belong to another thread's new file.
+The loop's pipe transports are not used: uvloop closes the descriptor of a transport twice, and at
+the second time it may belong to another thread's new file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ async def read_by(descriptor: int, take: Callable[[int], R]) -> R:
 
 
 async def write_all(descriptor: int, data: bytes) -> None:
-    """Write to a pipe whose reader may be slow, or may never read."""
+    """Write all data to a pipe. This waits for ever if the reader never reads."""
     os.set_blocking(descriptor, False)
     loop = asyncio.get_running_loop()
     left = memoryview(data)
@@ -51,7 +51,7 @@ async def write_all(descriptor: int, data: bytes) -> None:
 
 
 def fill(descriptor: int, data: bytes) -> int:
-    """Write what a pipe takes at once, and return how many bytes it took."""
+    """Write as much as a pipe takes at once, and return how many bytes it took."""
     os.set_blocking(descriptor, False)
     try:
         return os.write(descriptor, data) if data else 0
@@ -60,15 +60,15 @@ def fill(descriptor: int, data: bytes) -> int:
 
 
 async def wait_until_read(descriptor: int) -> bool:
-    """Return True once the other end has read everything, False once nothing can read it any more.
+    """Wait until everything is read from a pipe; return False if its other end closes before.
 
-    A reader that keeps its end open and does not read makes this wait for ever.
+    This waits for ever if a reader keeps its end open and does not read.
     """
     pause_s = POLL_FIRST_S
     while bytes_held(descriptor):
         if _has_no_reader(descriptor):
-            return not bytes_held(descriptor)  # it may have read the rest, and closed its end
-        await asyncio.sleep(pause_s)  # no system call reports that a pipe was read
+            return not bytes_held(descriptor)  # it may have read the rest before it closed
+        await asyncio.sleep(pause_s)  # polls, because no system call reports that a pipe was read
         pause_s = min(pause_s * 2, POLL_MOST_S)
     return True
 
@@ -80,7 +80,7 @@ def _has_no_reader(descriptor: int) -> bool:
 
 
 def bytes_held(descriptor: int) -> int:
-    """Return how many bytes a pipe holds. Either end of the pipe will do."""
+    """Return how many bytes are in a pipe. The descriptor may be of either end."""
     held = array("i", [0])
     fcntl.ioctl(descriptor, termios.FIONREAD, held)
     return held[0]

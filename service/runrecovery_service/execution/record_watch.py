@@ -1,4 +1,4 @@
-"""Passes the accepted cancels and replies of callers on to running turns."""
+"""Passes accepted cancels and replies of callers on to running turns."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from runrecovery_service.storage.changes import SharedPoll, Subscription, event_
 from runrecovery_service.storage.instances import Owner
 
 CHECK_INTERVAL_S: Final = 2.0
-"""How often a shared store is asked which runs peers have changed: their commits announce nothing
-here."""
+"""Seconds between two polls of a shared store for runs that peers have changed: their commits
+announce nothing on this instance."""
 RETRY_S: Final = 0.5
-"""Pause after a read that failed."""
+"""Pause after a failed read."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RecordWatch:
     """Reads the record of each running turn whose run has changed, and informs its supervisor.
 
-    A change in doubt, whose COMMIT answer was lost, makes it read the records of all turns at once:
-    a cancel or a reply may be committed although its caller got an error. On a shared store it also
-    asks regularly, in one query for all turns, which runs have had events.
+    After a change in doubt, whose COMMIT answer was lost, it reads the records of all turns at
+    once, because a cancel or a reply may be committed although its caller got an error. On a shared
+    store it also polls for runs with new events, in one query for all turns.
     """
 
     storage: Storage
@@ -50,7 +50,7 @@ class RecordWatch:
         self._failures = FailureLog(failure_event="execution.records_unread")
 
     def start(self) -> None:
-        """Start to watch. Every change from now on is noticed."""
+        """Start to watch. Every later change is noticed."""
         changes = self.storage.changes.subscribe()
         self._task = asyncio.create_task(self._work(changes), name="record-watch")
 
@@ -75,7 +75,7 @@ class RecordWatch:
         self._poll_due_s = monotonic() + CHECK_INTERVAL_S
 
     async def _wait(self, changes: Subscription) -> None:
-        """Return at a change, or when it is time to read without one."""
+        """Wait for a change, or for the time of the next read without a change."""
         pause_s = max(0.0, self._poll_due_s - monotonic())
         if self._due_keys:
             pause_s = min(pause_s, RETRY_S)
@@ -88,7 +88,7 @@ class RecordWatch:
             self._schedule_poll()
 
     async def _inform(self) -> None:
-        """Read what is due, and inform the supervisors. A run that could not be read stays due."""
+        """Read the due runs, and inform their supervisors. A run that cannot be read stays due."""
         if self._is_poll_due:
             self._is_poll_due = False
             self._due_keys |= await self._changed_by_peers()
@@ -97,23 +97,23 @@ class RecordWatch:
         for supervisor in self.turns.supervisors:
             key = supervisor.turn.run.key
             is_due = all_due or key in due_keys
-            is_due = is_due and supervisor in self.turns  # otherwise it has ended meanwhile
+            is_due = is_due and supervisor in self.turns  # else the turn has ended meanwhile
             if is_due and not await self._could_inform(supervisor):
                 self._due_keys.add(key)
         if not self._due_keys:
             self._failures.note_success()
 
     async def _changed_by_peers(self) -> set[int]:
-        """Return the runs with a turn that have had events since the last poll, or may have had."""
+        """Return the runs with a turn that may have had events since the last poll."""
         keys = {supervisor.turn.run.key for supervisor in self.turns.supervisors}
         if not keys:
             return keys
         try:
             counts = await self.storage.read(event_counts, keys)
-        except Exception as error:  # noqa: BLE001 - the records themselves are tried, again and again
+        except Exception as error:  # noqa: BLE001 - the reads of the records meet it too, and are retried
             self._failures.report(error)
             return keys
-        gone = keys - counts.keys()  # a failover has lost them; reading the record says so
+        gone = keys - counts.keys()  # a failover has lost them, as the read of the record will find
         return {*self._poll.changed(counts), *gone}
 
     async def _could_inform(self, supervisor: TurnSupervisor) -> bool:
@@ -126,13 +126,13 @@ class RecordWatch:
             await self._inform_one(supervisor)
         except Fenced:
             raise
-        except Exception as error:  # noqa: BLE001 - one run must not keep the others waiting
+        except Exception as error:  # noqa: BLE001 - one run must not delay the others
             self._failures.report(error)
             return False
         return True
 
     async def _inform_one(self, supervisor: TurnSupervisor) -> None:
-        """Pass an accepted cancel or reply to the supervisor. It may get the same one twice."""
+        """Pass an accepted cancel or reply to the supervisor, which may get the same one twice."""
         run = await self.storage.read_row(turns.current_run, supervisor.turn, owner=self.owner)
         if run.cancel_requested:
             supervisor.cancel()

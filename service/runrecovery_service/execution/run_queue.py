@@ -23,17 +23,17 @@ from runrecovery_service.storage.turns import Turn
 log = structlog.get_logger()
 
 PEERS_INTERVAL_S: Final = 0.5
-"""The pause after a search that found no run of a peer."""
+"""The pause after a search that has found no run of a peer."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RunQueue:
-    """The queued runs of one instance. If none can start, a run of a peer is moved here.
+    """The queue of one instance. If none of its runs can start, it takes a run of a peer.
 
     Attributes:
-        site: the host and boot on which processes are launched.
-        catalog: a run of a peer is taken only if its engine is in this catalog.
-        shares_workspaces: this instance can resume the sessions of its peers.
+        site: where processes are launched.
+        catalog: the configured engines. A peer's run is taken only if its engine is among them.
+        shares_workspaces: whether this instance can resume the sessions of its peers.
     """
 
     storage: Storage
@@ -47,11 +47,11 @@ class RunQueue:
     async def take_next(
         self, busy_engines: Sequence[str], *, ending_runs: Collection[int]
     ) -> Turn | None:
-        """Take the longest-waiting run whose engine is not busy; None if there is none.
+        """Take the longest-queued run whose engine is not busy; return None if there is none.
 
         Args:
             ending_runs: the keys of runs whose latest turn has a supervisor that does not know yet
-                whether its end is on record. They are not taken.
+                whether the turn's end is recorded. These runs are not taken.
         """
         turn = await self._take_own(busy_engines, ending_runs)
         if turn is None and await self._moved_from_peer(busy_engines):

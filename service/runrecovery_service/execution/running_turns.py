@@ -1,4 +1,4 @@
-"""The turns under way. Each holds a slot until its end is on record."""
+"""The turns under way. Each has a slot until its end is recorded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunningTurns:
 
     @property
     def supervisors(self) -> list[TurnSupervisor]:
-        """The supervisors, as they are now."""
+        """A copy of the present supervisors."""
         return list(self._tasks)
 
     @property
@@ -48,15 +48,15 @@ class RunningTurns:
 
     @property
     def ending_tasks(self) -> list[asyncio.Task[None]]:
-        """The tasks of turns that are over: their end is being carried out and recorded."""
+        """The tasks of turns that are over, whose end is being carried out and recorded."""
         return [task for supervisor, task in self._tasks.items() if supervisor.is_ending]
 
     @property
     def ending_runs(self) -> frozenset[int]:
         """The keys of the runs whose turn is over.
 
-        The end may be on record although its supervisor does not know it yet: the answer to the
-        COMMIT is late, or was lost.
+        The end may be recorded although the supervisor does not know it yet, because the answer to
+        the COMMIT is late or was lost.
         """
         return frozenset(one.turn.run.key for one in self._tasks if one.is_ending)
 
@@ -76,22 +76,26 @@ class RunningTurns:
         return Counter(supervisor.turn.run.engine for supervisor in self._tasks)
 
     def time_out(self, run_id: str, kind: DueKind) -> None:
-        """End the process of a run: a deadline has passed.
+        """End the process of a run whose deadline has passed.
 
-        A run that is only being taken from the queue is missed; the next check of the deadlines
-        finds it.
+        This misses a run that is just being taken from the queue, which the next check of the
+        deadlines finds.
         """
         for supervisor in self._tasks:
             if supervisor.turn.run.run_id == run_id:
                 supervisor.time_out(kind)
 
     def heartbeat(self, deadline_ns: int) -> None:
-        """Move the tree deadline (CLOCK_BOOTTIME), and send it to every shim."""
+        """Set a later tree deadline, and send it to every shim.
+
+        Args:
+            deadline_ns: nanoseconds of CLOCK_BOOTTIME.
+        """
         self.tree_deadline.move_to(deadline_ns)
         for supervisor in self._tasks:
             supervisor.launch.heartbeat()
 
     def check_shims(self) -> None:
-        """Check that the shim of every turn still guards its tree."""
+        """Check that every turn has a working shim."""
         for supervisor in self._tasks:
             supervisor.check_shim()

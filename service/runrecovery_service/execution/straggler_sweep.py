@@ -1,8 +1,7 @@
 """Ends leftover processes of launches that are over, while the service runs.
 
-A tree that could not be ended is tried again until it is gone; then its run can continue. Launches
-that were closed a short time ago are searched once more, because one scan of the process table may
-miss a process.
+If a tree could not be ended, sweeps retry until it is gone, and its run can continue. Recently
+closed launches are searched again, because one scan of the process table may miss a process.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord
 log = structlog.get_logger()
 
 SWEEP_INTERVAL_S: Final = 2.0
-"""Pause between sweeps. One takes some 30 ms if there are launches to search for, else no time."""
+"""Pause between sweeps. A sweep takes some 30 ms if there are launches to search for."""
 CLOSED_WITHIN_S: Final = 60.0
 """How long sweeps search for processes of a launch after it was closed."""
 SWEEP_DEADLINE_S: Final = 10.0
-"""Time after the grace for ending the processes that a sweep finds."""
+"""Time limit, after the grace, for ending the processes that a sweep finds."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -61,11 +60,11 @@ class StragglerSweep:
         )
 
     def start(self) -> None:
-        """Start to sweep."""
+        """Start the sweeps."""
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop after the sweep that is under way."""
+        """Stop the sweeps, after the sweep that is under way."""
         await self._loop.finish()
 
     async def _step(self) -> None:
@@ -73,7 +72,7 @@ class StragglerSweep:
         await self.sweep()
 
     async def sweep(self) -> None:
-        """Search once for processes of every launch that is over and may still have some."""
+        """Search once for processes of all launches that are over but may still have processes."""
         found = await self.storage.read(
             launch_records.launches_to_sweep,
             self.owner,
@@ -124,6 +123,6 @@ class StragglerSweep:
                 "execution.straggler_ended", **facts, processes=ending.ended, gone=ending.gone
             )
         for refusal in ending.refused:
-            if refusal not in self._reported:  # once, not with every sweep
+            if refusal not in self._reported:  # logged once, not in every sweep
                 self._reported.add(refusal)
                 log.warning("execution.tree_not_ended", **facts, reason=refusal)

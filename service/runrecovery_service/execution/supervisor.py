@@ -1,7 +1,7 @@
-"""Supervises one turn: launches its process, follows it, ends it and records how it ended.
+"""Supervises one turn: launches its process, follows it, ends it and records its end.
 
-What the events of a turn mean is in `turn_state.py`, the pipes are in `agent_io.py`, the launch is
-in `launcher.py`, the store in `turn_records.py`, the agent's session in `turn_sessions.py`.
+Related modules: `turn_state.py` (the meaning of events), `agent_io.py` (pipes), `launcher.py`
+(launch), `turn_records.py` (store), `turn_sessions.py` (the agent's session).
 """
 
 from __future__ import annotations
@@ -80,16 +80,17 @@ from runrecovery_service.storage.turns import Turn
 log = structlog.get_logger()
 
 UNGUARDED_CHECKS: Final = 2
-"""How many checks, 2 s apart, must find a shim stopped or gone. At its normal end, one may."""
-HANDLE_UNUSABLE: Final = "The session's handle is none that this engine could have named."
+"""How many checks in a row, 2 s apart, must find a shim stopped or gone before the process is
+ended. One check may find it so at a normal end."""
+HANDLE_UNUSABLE: Final = "This engine could not have named the session's handle."
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TurnSupervisor:
-    """The supervisor of one turn. `follow` is its whole life; the rest may be called meanwhile.
+    """The supervisor of one turn. `follow` does all of it; other methods may be called meanwhile.
 
     Attributes:
-        is_ending: the end of the turn is decided. The tree is being ended and the end recorded.
+        is_ending: whether the turn is over, so that its tree is being ended and its end recorded.
     """
 
     records: TurnRecords
@@ -115,23 +116,24 @@ class TurnSupervisor:
         return self.records.turn
 
     def cancel(self) -> None:
-        """End the process: a cancel has been accepted."""
+        """End the process, because a cancel was accepted."""
         self._events.put_nowait(Signal.CANCELED)
         self.launch.stop_waiting()
 
     def time_out(self, kind: DueKind) -> None:
-        """End the process: one of the run's deadlines has passed."""
+        """End the process, because a deadline of the run has passed."""
         self._events.put_nowait(DeadlinePassed(kind))
         self.launch.stop_waiting()
 
     def deliver(self) -> None:
-        """Write the reply that has been accepted to the process."""
+        """Write the accepted reply to the process."""
         self._reply_accepted.set()
 
     def check_shim(self) -> None:
-        """End the process when its shim is found stopped or gone for the second time.
+        """End the process if its shim is found stopped or gone for the second time.
 
-        The shim's report alone does not show that: another process may hold it open.
+        An open pipe for the shim's reports proves nothing, because another process may keep it
+        open.
         """
         self._unguarded_checks = 0 if self.launch.is_guarded else self._unguarded_checks + 1
         if self._unguarded_checks >= UNGUARDED_CHECKS:
@@ -140,9 +142,9 @@ class TurnSupervisor:
     # -- the life of a turn --------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Launch the process, follow it, end it and record how it ended.
+        """Launch the process, follow it, end it and record its end.
 
-        A cancelled task leaves the run as it is on record: the caller decides on it.
+        If the task is cancelled, the recorded run is left unchanged for the caller.
 
         Raises:
             Fenced: a newer epoch owns the run.
@@ -158,7 +160,7 @@ class TurnSupervisor:
         await self._finish(end, ending)
 
     async def end_after_defect(self) -> None:
-        """End the tree after a defect in `follow`, and fail the run: it must not stay RUNNING.
+        """End the tree after a defect in `follow`, and fail the run, which must not stay RUNNING.
 
         Raises:
             Fenced: a newer epoch owns the run.
@@ -167,15 +169,15 @@ class TurnSupervisor:
         await self._finish(_defect(), await self.launch.end_tree(why="defect"))
 
     async def _finish(self, end: TurnEnd, ending: Ending) -> None:
-        """Reap the shim, and record how the turn ended."""
+        """Reap the shim, and record the end of the turn."""
         release = partial(self.launch.release, gone=ending.gone)
         for event in await run_blocking(self.threads, release):
             self._advance(event)
-        # Checked before any effect of the end: another instance may have taken the run over, and
-        # have ended its process. The write checks the owner again, in its transaction.
+        # Checked before any effect of the end, because another instance may have taken the run over
+        # and ended its process. The write checks the owner again in its transaction.
         await self.records.demand_owned()
-        await self.permissions.record_if_used()  # the process may have ended before this was seen
-        if self._ends_run(end):  # a caller that sees the end finds no trust left
+        await self.permissions.record_if_used()  # the use may be unnoticed so far
+        if self._ends_run(end):  # removed before a caller can see the end
             await self.launch.remove_trust()
         await self._record(end, self._ended(ending))
 
@@ -189,10 +191,10 @@ class TurnSupervisor:
             opening = self._open(engine)
             if await self.permissions.record_if_used():
                 return Interrupted(USED_BEFORE, InterruptionCause.RESTART)
-            if (lost := await self.sessions.why_lost(engine, self._resumed)) is not None:
+            if (lost := await self.sessions.session_problem(engine, self._resumed)) is not None:
                 return Failed(RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=lost))
             await self.sessions.repair(engine, self._resumed)
-            if opening.handle is not None:  # on record before the process can act
+            if opening.handle is not None:  # recorded before the process can act
                 await self._take(engine, SessionMessage(value=opening.handle))
             process = await self.launch.start(engine, opening)
         except LaunchFailed as error:
@@ -206,7 +208,7 @@ class TurnSupervisor:
             self._advance(Signal.SHIM_USELESS)
             return self._judge(opening)
         except Withdrawn:
-            while not self._events.empty():  # they say why, unless a cancel is only on record
+            while not self._events.empty():  # they have the reason, unless only the store has it
                 await self._take(engine, self._events.get_nowait())
             return self._judge(opening)
         return await self._follow_process(engine, process, opening)
@@ -266,7 +268,7 @@ class TurnSupervisor:
         )
         try:
             await self._converse(engine, io, opening)
-        except ExceptionGroup as group:  # the edge of this task: the run must not stay RUNNING
+        except ExceptionGroup as group:  # the run must not stay RUNNING
             if (fenced := _first_fenced(group)) is not None:
                 raise fenced from None
             log.exception("execution.session_failed", run_id=self.turn.run.run_id)
@@ -274,7 +276,7 @@ class TurnSupervisor:
         return self._judge(opening)
 
     async def _converse(self, engine: Engine, io: AgentIO, opening: Opening) -> None:
-        """Handle events until the process has ended, or the service must end it."""
+        """Handle events until the process has ended, or must be ended by the service."""
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(io.read_stdout()),
@@ -311,7 +313,7 @@ class TurnSupervisor:
 
     def _advance(self, event: TurnEvent) -> Action | None:
         """Change the state by an event, and return the action to carry out."""
-        assert self._rules is not None  # noqa: S101 - `_open` comes before every event
+        assert self._rules is not None  # noqa: S101 - `_open` precedes every event
         now_s = asyncio.get_running_loop().time()
         self.state, action = advance(self.state, event, self._rules, now_s=now_s)
         return action
@@ -343,22 +345,22 @@ class TurnSupervisor:
         self.records.log.info("execution.waiting")
 
     def _wait_due(self) -> Due:
-        """Return the deadline of a question that is asked now."""
+        """Return the deadline of a question that is being asked now."""
         return self.records.clock.due_in(self.catalog.wait_s(self.turn.run))
 
     # -- replies -------------------------------------------------------------------------------
 
     async def _send_task(self, io: AgentIO, opening: Opening) -> None:
-        """Send the process its task, and with it the reply that it resumes by."""
+        """Send the process its input: the task or, in a resumed session, the reply."""
         is_written = await io.write(opening.input[self.launch.prefilled :])
         if self.permissions.answer is not None:
             io.close_input()
             await self.permissions.wait_until_used()
             await self.permissions.record_if_used()
             return
-        # Recorded once the process has read it, not before: what is in the pipe is lost with the
-        # process, and after a crash the reply goes to another one. A process that reads to the
-        # end of its input has read the reply by then.
+        # Recorded only after the process has read it. Data in the pipe is lost with the process,
+        # and after a crash the reply must go to the next process. A process that has read all of
+        # its input has read the reply.
         if (reply := self.turn.reply) is not None:
             if is_written and await io.wait_until_input_read():
                 await self.records.record_reply_read(reply.interaction_id)
@@ -370,12 +372,12 @@ class TurnSupervisor:
     async def _send_replies(self, engine: Engine, io: AgentIO) -> None:
         """Send a sticky process each reply once it is accepted.
 
-        In a task of its own, so that a cancel is handled while the process does not read.
+        This runs as a separate task, so that a cancel is handled while the process does not read.
         """
         while True:
             await self._reply_accepted.wait()
             self._reply_accepted.clear()
-            if self.state.is_waiting:  # otherwise the process has the reply already
+            if self.state.is_waiting:  # else the process has the reply already
                 await self._send_reply(engine, io)
 
     async def _send_reply(self, engine: Engine, io: AgentIO) -> None:
@@ -392,9 +394,10 @@ class TurnSupervisor:
             self._events.put_nowait(Signal.REPLY_LOST)
 
     async def _watch_replies(self, io: AgentIO) -> None:
-        """Notice a sticky process that closes its input before it has read a reply.
+        """Notice that a sticky process closes its input before it has read a reply.
 
-        In a task of its own: a process may read a reply long after its next question.
+        This runs as a separate task, because a process may read a reply long after its next
+        question.
         """
         while True:
             number = await self._replies_written.get()
@@ -407,7 +410,7 @@ class TurnSupervisor:
 
     async def _end_tree(self) -> Ending:
         if self.state.is_tree_empty and not self.state.is_unsupervised:
-            ending = NOTHING_LEFT  # proved: by the kernel, through the shim
+            ending = NOTHING_LEFT  # as the kernel has reported to the shim
         else:
             ending = await self.launch.end_tree(why=self.state.end_reason)
         if self.state.interrupted is None:
@@ -428,7 +431,7 @@ class TurnSupervisor:
 
     async def _record(self, end: TurnEnd, ended: LaunchEnd) -> None:
         fingerprint = await self.sessions.fingerprint(end, gone=ended.gone)
-        # The wait of a resumable run has a deadline only if no reply is required.
+        # A resumable run's wait has no deadline if only the user may reply.
         due = None if self.turn.run.require_user_reply else self._wait_due()
         used = await self.sessions.usage(
             self.state.used, gone=ended.gone, is_last=self._ends_run(end)

@@ -1,4 +1,4 @@
-"""Makes what follows each turn that the dispatcher takes from the queue."""
+"""Creates the supervisor of each turn that the dispatcher takes from the queue."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:  # not imported where traces are off
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecordsFactory:
-    """Makes the records of each turn, with its log and its spans.
+    """Creates the records of each turn, with its log and its spans.
 
     Attributes:
         meters: the counters to update.
-        tracer: gets the spans of turns; None: traces are off.
+        tracer: starts the spans of turns; None: traces are off.
     """
 
     storage: Storage
@@ -41,7 +41,7 @@ class TurnRecordsFactory:
     tracer: Tracer | None = None
 
     def records_of(self, turn: Turn) -> TurnRecords:
-        """Return the records of a turn that was taken from the queue; its spans begin now."""
+        """Return the records of a turn that was just taken from the queue, and begin its spans."""
         return TurnRecords(
             storage=self.storage,
             owner=self.owner,
@@ -60,10 +60,10 @@ class TurnRecordsFactory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorFactory:
-    """Makes the supervisor of each turn.
+    """Creates the supervisor of each turn.
 
     Attributes:
-        exit_grace_s: how long a process may run after its end or its last output.
+        exit_grace_s: how many seconds a process may run after its turn's end or its last output.
     """
 
     records: TurnRecordsFactory
@@ -76,7 +76,7 @@ class SupervisorFactory:
     def supervise(self, turn: Turn) -> TurnSupervisor:
         """Return a supervisor for a turn that was taken from the queue; it does nothing yet.
 
-        The turn keeps the engines of this moment, whatever is reloaded later.
+        The supervisor keeps the present engines, even if a later reload changes them.
         """
         catalog = self.catalog.snapshot()
         records = self.records.records_of(turn)

@@ -1,4 +1,4 @@
-"""The time until which the process trees of this service may live."""
+"""The time at which the process trees of this service must end, unless the lease is renewed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from runrecovery_service.process.boot_clock import boot_time_ns
 class TreeDeadline:
     """The time, by CLOCK_BOOTTIME, at which process trees end themselves.
 
-    Every renewal of the service's lease moves it. A shim that gets no later time ends its tree.
+    Each renewal of the service's lease moves the time. A shim that gets no later time ends its
+    tree.
     """
 
     deadline_ns: int
@@ -20,7 +21,10 @@ class TreeDeadline:
 
     @property
     def is_ahead(self) -> bool:
-        """False once the service has been suspended for so long that its trees have ended."""
+        """Whether the deadline is in the future.
+
+        If not, the service was suspended, and its trees have ended.
+        """
         return boot_time_ns() < self.deadline_ns
 
     def move_to(self, deadline_ns: int) -> None:
@@ -29,7 +33,7 @@ class TreeDeadline:
         self._moved.set()
 
     async def wait_until_ahead(self) -> None:
-        """Return once the deadline is in the future: a tree that is launched past it would end."""
+        """Wait until the deadline is in the future: a tree launched after it would end at once."""
         while not self.is_ahead:
             self._moved.clear()
             await self._moved.wait()

@@ -1,8 +1,8 @@
 """Removes trust entries that no run needs any more, while the service runs.
 
-A run that ends with its process removes its own entry. The sweep removes the entries of runs that
-ended otherwise, of earlier attempts, of services that are gone, and those that could not be removed
-before.
+A turn that ends its run removes the run's entry itself. The sweep removes all other entries: of
+runs that ended without a process, of earlier attempts, of dead services, and entries whose removal
+has failed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from runrecovery_service.stop_signal import StopSignal
 log = structlog.get_logger()
 
 SWEEP_INTERVAL_S: Final = 2.0
-"""Pause between sweeps. One takes less than a millisecond if there is nothing to remove."""
+"""Pause between sweeps. A sweep takes less than a millisecond if there is nothing to remove."""
 LOCK_WAIT_S: Final = 1.0
-"""How long a sweep waits for the lock of one file; the next sweep comes soon."""
+"""How long a sweep waits for the lock of one file, before it leaves the file to the next sweep."""
 PAUSE_FIRST_S, PAUSE_MOST_S = 4.0, 60.0
-"""The first and the longest pause after which a file that could not be edited is tried again."""
+"""The first and the longest pause, in seconds, before an edit that failed is tried again."""
 
 
 @dataclass(slots=True)
 class _Delay:
-    """A file that could not be edited is left alone until then."""
+    """Postpones the next edit of a file that could not be edited.
+
+    Attributes:
+        until: the time of the next edit, as of `TrustSweep.time`.
+    """
 
     backoff: Backoff
     until: float
@@ -40,7 +44,7 @@ class _Delay:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TrustSweep:
-    """Sweeps until it is stopped. It launches nothing, and so may run in safe mode."""
+    """Sweeps until it is stopped. It may run in safe mode, because it launches nothing."""
 
     keeper: TrustKeeper
     threads: Executor
@@ -59,15 +63,15 @@ class TrustSweep:
         )
 
     def start(self) -> None:
-        """Start to sweep."""
+        """Start the sweeps."""
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop after the edit that is under way."""
+        """Stop the sweeps, after the edit that is under way."""
         await self._loop.finish()
 
     async def sweep(self) -> None:
-        """Remove, once, the entries that no run needs any more."""
+        """Do one sweep: remove the entries that no run needs any more."""
         found = await run_blocking(self.threads, self.keeper.stale_files)
         now = self.time()
         self._delays = {file: delay for file, delay in self._delays.items() if file in found}
@@ -91,7 +95,7 @@ class TrustSweep:
         delay = self._delays.pop(file, None)
         if not cleared.failures:
             return
-        if delay is None:  # reported once, not with every sweep
+        if delay is None:  # logged once, not in every sweep
             for reason in cleared.failures:
                 log.warning("trust.entry_kept", file=file, reason=reason)
             delay = _Delay(Backoff(PAUSE_FIRST_S, PAUSE_MOST_S), 0.0)

@@ -1,4 +1,4 @@
-"""The log of one turn, and the retries whose failures it reports."""
+"""The log of one turn, and a retry loop that logs its failures."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
 
 @dataclass(frozen=True, slots=True)
 class TurnLog:
-    """Logs for one turn, and counts: each line names the run, the attempt and the turn.
+    """Logs and counts for one turn. Each line has the run, the attempt and the turn.
 
     Attributes:
-        spans: end with what they stand for; None: nothing is traced.
+        spans: the spans of the turn; None: traces are off.
         meters: the counters to update.
         begun_s: when the turn got its slot, by `monotonic`.
     """
@@ -64,7 +64,7 @@ class TurnLog:
     def turn_ended(
         self, *, status: RunStatus | None, error_code: str | None, **facts: object
     ) -> None:
-        """Log how the turn has ended, once that is on record."""
+        """Log the end of the turn. Call this once the end is recorded."""
         self.info(
             "execution.turn_ended",
             status=status and status.value,
@@ -76,14 +76,14 @@ class TurnLog:
         took_s = monotonic() - self.begun_s
         self.meters.turn_seconds.observe(took_s, self.run.engine, status or "UNKNOWN")
 
-    def left(self) -> None:
-        """Leave the turn to the recovery: the service stops."""
+    def left_to_recovery(self) -> None:
+        """End the spans because the service stops, and leave the turn to the recovery."""
         if self.spans is not None:
-            self.spans.left()
+            self.spans.left_to_recovery()
 
     @property
     def traceparent(self) -> str | None:
-        """The context that the agent gets."""
+        """The W3C `traceparent` that the agent gets; None: traces are off."""
         return self.run.traceparent if self.spans is None else self.spans.traceparent
 
     @property
@@ -92,14 +92,15 @@ class TurnLog:
 
 
 async def retry_until_done(do: Callable[[], Awaitable[R]], turn_log: TurnLog) -> R:
-    """Return the result of `do`, which is repeated with pauses until it succeeds.
+    """Call `do` with pauses until it succeeds, and return its result.
 
-    A full disk, a lost database or a defect must not lose what a process did. The run keeps its
-    slot meanwhile, and the log says why.
+    No failure of the store, and no defect, may lose the results of a process. Meanwhile the run
+    keeps its slot, and the failures are logged.
 
     Raises:
         Fenced: a newer epoch owns the run.
-        Exception: an error of which `is_unstorable` is true. A repetition could never succeed.
+        Exception: the value can never be stored (`is_unstorable`), so that no repetition could
+            succeed.
     """
     backoff = Backoff(RETRY_FIRST_S, RETRY_MOST_S)
     while True:

@@ -1,7 +1,7 @@
-"""Finds out whether the answer to a permission question was used in the turn that got it.
+"""Detects whether the answer to a permission question was used in the turn that got it.
 
-The agent's input is empty. Its permission hook gives the answer, and creates a file before the call
-of the tool can begin. So this file, not the pipe, proves that the process has the answer.
+The agent does not get the answer in its input, but from its permission hook. The hook creates a
+file before the tool call can begin. This file proves that the process has used the answer.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from runrecovery_service.engines.permissions import deferred_calls, returns_to_c
 from runrecovery_service.execution.turn_records import TurnRecords
 
 LOOK_S: Final = 0.1
-USED_BEFORE: Final = "The permission had been used by a process that was lost with the service."
+USED_BEFORE: Final = "The permission was already used by a process that was lost with the service."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnPermissions:
-    """The permission answer of one turn, if its reply is one."""
+    """The permission answer of one turn, if the turn's reply is such an answer."""
 
     records: TurnRecords
     workspaces: Workspaces
 
     @property
     def folder(self) -> Path:
-        """The folder of the hook's files."""
+        """The folder with the files of the permission hook."""
         run = self.records.turn.run
         return self.workspaces.permissions(run.key, run.attempt)
 
     def deferred(self) -> frozenset[str]:
-        """Return the ids of the calls that were deferred in earlier turns. Blocks briefly."""
+        """Return the ids of the tool calls that earlier turns have deferred. Blocks briefly."""
         return deferred_calls(self.folder, self.records.turn.run.turn)
 
     @property
     def answer(self) -> Interaction | None:
-        """The reply of the turn if the hook passes it to the agent; None if a prompt does."""
+        """The turn's reply if the hook passes it to the agent; None if the agent's input has it."""
         reply = self.records.turn.reply
         return reply if returns_to_call(reply) else None
 
     async def wait_until_used(self) -> None:
-        """Return once the hook has given the answer."""
+        """Wait until the hook has given the answer."""
         while True:
             if self.is_used:
                 return
@@ -52,11 +52,11 @@ class TurnPermissions:
 
     @property
     def is_used(self) -> bool:
-        """True once the hook has given the answer: the call may have begun."""
+        """Whether the hook has given the answer, so that the tool call may have begun."""
         return self.answer is not None and used_mark(self.folder, self.answer).exists()
 
     async def record_if_used(self) -> bool:
-        """Record the answer as delivered if the hook has given it, and return whether it has."""
+        """If the hook has given the answer, record it as delivered. Return whether the hook has."""
         if self.answer is None or not self.is_used:
             return False
         await self.records.record_reply_read(self.answer.interaction_id)

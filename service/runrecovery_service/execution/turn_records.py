@@ -1,4 +1,4 @@
-"""The store as one turn uses it: every call names the turn and its owner, and is retried."""
+"""The store for one turn: each call passes the turn and its owner, and is retried."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecords:
-    """Reads and writes what is on record of one turn.
+    """Reads and writes the records of one turn.
 
-    Each method repeats its call until the store answers. Each but `read_reply` and
-    `read_fingerprint` raises Fenced when a newer epoch owns the run.
+    Each method repeats its call until the store answers. All except `read_reply` and
+    `read_fingerprint` raise Fenced if a newer epoch owns the run.
     """
 
     storage: Storage
@@ -39,7 +39,7 @@ class TurnRecords:
     log: TurnLog
 
     async def read_run(self) -> Run:
-        """Return the run as it is on record now."""
+        """Return the run as it is now recorded."""
         return await self._read(turns.current_run, self.turn, owner=self.owner)
 
     async def read_reply(self, run: Run) -> Interaction | None:
@@ -47,7 +47,7 @@ class TurnRecords:
         return await self._read(interactions.find, run.key, run.interaction_count)
 
     async def read_fingerprint(self) -> SessionFingerprint | None:
-        """Return the fingerprint of the session file at its question; None: none was taken."""
+        """Return the session fingerprint at the latest question; None: none was taken."""
         return await self._read(turns.recorded_fingerprint, self.turn)
 
     async def demand_owned(self) -> None:
@@ -62,11 +62,11 @@ class TurnRecords:
         )
 
     async def record_start(self) -> None:
-        """Record that the gate is about to open, after which the agent may run."""
+        """Record that the gate is about to open. After this the agent may run."""
         await self._write(launch_records.record_running, self.turn.launch, owner=self.owner)
 
     async def record_session(self, session: Session) -> None:
-        """Record the handle by which the conversation can be resumed."""
+        """Record the session with which the conversation can be resumed."""
         await self._write(
             turns.record_session, self.turn, owner=self.owner, session=session, now=self.clock.now()
         )
@@ -84,21 +84,24 @@ class TurnRecords:
         )
 
     async def record_usage(self, used: TurnUsage) -> None:
-        """Record what the turn has used so far."""
+        """Record the usage of the turn so far."""
         await self._write(turns.record_usage, self.turn, owner=self.owner, used=used)
 
     async def record_retry(self, message: str) -> None:
-        """Record that the agent waits and calls its model again."""
+        """Record the event that the agent is waiting to call its model again."""
         await self._write(
             turns.record_retry, self.turn, owner=self.owner, message=message, now=self.clock.now()
         )
 
     async def record_reply_read(self, number: int) -> None:
-        """Record that the process has the accepted reply; a sticky process may read it later."""
+        """Record that the process has the accepted reply.
+
+        A sticky process may read the reply later.
+        """
         await self._write(turns.record_delivered, self.turn, owner=self.owner, number=number)
 
     async def record_reply_unread(self, number: int) -> None:
-        """Record that the process was given the reply to a question, and never read it."""
+        """Record that the process never read the reply to the question `number`."""
         await self._write(turns.record_undelivered, self.turn, owner=self.owner, number=number)
 
     async def record_end(
@@ -110,12 +113,12 @@ class TurnRecords:
         fingerprint: SessionFingerprint | None,
         used: TurnUsage | None,
     ) -> Run:
-        """Record how the turn and its process ended, and return the run.
+        """Record the ends of the turn and its process, and return the run.
 
         Args:
-            due: the deadline of the wait that may begin now; None: it has none.
-            fingerprint: the fingerprint of the session file, if one could be taken.
-            used: what the turn has used, if its agent reported that.
+            due: the deadline of the wait that begins if the turn has asked; None: no deadline.
+            fingerprint: the fingerprint of the session file; None: none could be taken.
+            used: the usage of the turn; None: none is known.
         """
         return await self._write(
             turn_ends.record_end,

@@ -1,4 +1,4 @@
-"""The agent's session in one turn: checked before it is resumed, fingerprinted at a question."""
+"""The agent's session in one turn: checks before a resume, and the fingerprint at a question."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from runrecovery_service.execution.turn_records import TurnRecords
 
 NOT_ENDED: Final = "not_ended"
 HOME_CHECK_S: Final = 1.0
-"""Pause between two checks for a CLI's home that is missing."""
+"""Pause between two checks for the missing home directory of an agent CLI."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnSessions:
-    """Checks and fingerprints the session of one turn's run."""
+    """Checks the session of one turn's run, and takes its fingerprint."""
 
     records: TurnRecords
     launch: Launch
@@ -45,10 +45,10 @@ class TurnSessions:
         run = self.records.turn.run
         return self.checker.workspaces.workspace(run.key, run.attempt)
 
-    async def why_lost(self, engine: Engine, resumed: Resumed | None) -> str | None:
-        """Return why no session can be resumed; None: one can, or the check has no answer.
+    async def session_problem(self, engine: Engine, resumed: Resumed | None) -> str | None:
+        """Return why the session cannot be resumed; None: it can, or the check has no result.
 
-        The CLIs do not check: they resume what is left of a session that was cut off.
+        Agent CLIs do not check this themselves. They resume even an incomplete session.
         """
         if resumed is None or engine.sessions is None:
             return None
@@ -65,7 +65,8 @@ class TurnSessions:
     async def repair(self, engine: Engine, resumed: Resumed | None) -> None:
         """Repair the session that is about to be resumed.
 
-        If that fails, the CLI gets the session as it is: its version may be able to resume it.
+        If the repair fails, the CLI gets the unrepaired session, which its version may be able to
+        resume.
         """
         if resumed is None or engine.sessions is None:
             return
@@ -84,9 +85,9 @@ class TurnSessions:
     async def _check(
         self, engine: Engine, handle: str, fingerprint: SessionFingerprint | None
     ) -> SessionFinding | None:
-        """Return the finding about the session, once the CLI's home is there.
+        """Return the finding about the session. First wait until the CLI's home directory exists.
 
-        A CLI that is launched before that would create another, empty home without any session.
+        A CLI that is launched earlier would create another, empty home without sessions.
         """
         turn = self.records.turn
         is_reported = False
@@ -106,13 +107,13 @@ class TurnSessions:
             await asyncio.sleep(HOME_CHECK_S)
 
     async def fingerprint(self, end: TurnEnd, *, gone: bool) -> SessionFingerprint | None:
-        """Return the fingerprint of the session file, which nothing writes to any more.
+        """Return the fingerprint of the session file, or None.
 
-        With it a restart can prove that the file lacks nothing of the question. None: something
-        may still write, or no file is where the CLI keeps its sessions.
+        With the fingerprint, a restart can prove that the file is complete up to the question.
+        None: a process may still write to the file, or the CLI's session file was not found.
 
         Args:
-            gone: all processes of the turn have ended.
+            gone: whether all processes of the turn have ended.
         """
         sessions = self._cli_sessions()
         if sessions is None or not isinstance(end, Asked):
@@ -129,12 +130,14 @@ class TurnSessions:
         return seen.fingerprint
 
     async def usage(self, used: TurnUsage | None, *, gone: bool, is_last: bool) -> TurnUsage | None:
-        """Return the usage of the turn, by the calls in its session if the agent reported no total.
+        """Return the usage of the turn.
+
+        If the agent reported no total, count the model calls in its session.
 
         Args:
-            used: what the agent reported.
-            gone: all processes of the turn have ended.
-            is_last: no turn follows that has to know what the session has used.
+            used: the usage that the agent has reported; None: it has reported none.
+            gone: whether all processes of the turn have ended.
+            is_last: whether no later turn needs the usage of the session.
         """
         sessions = self._cli_sessions()
         if sessions is None or sessions.ledger is None:

@@ -11,11 +11,11 @@ from runrecovery_service.storage.turns import Turn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnSpans:
-    """The spans of a turn that has its slot. All are in the trace that is stored with the run.
+    """The spans of a turn that has its slot. They belong to the trace that is stored with the run.
 
     Attributes:
         turn: the span of the turn.
-        launch: the span of the launch, which is below that of the turn.
+        launch: the span of the launch, a child of `turn`.
     """
 
     turn: Span
@@ -23,26 +23,26 @@ class TurnSpans:
 
     @property
     def traceparent(self) -> str | None:
-        """The context that the agent gets."""
+        """The W3C `traceparent` that the agent gets."""
         return self.turn.traceparent
 
     def launched(self) -> None:
-        """End the launch: the agent has started."""
+        """End the span of the launch, because the agent has started."""
         self.launch.end()
 
     def ended(self, status: RunStatus | None, error: str | None) -> None:
-        """End the turn, with the status of the run then, and with the error of the run."""
+        """End the span of the turn, with the new status and the error of the run."""
         facts = NO_FACTS if status is None else {"runrecovery.status": status.value}
-        self.launch.end(error=error or "NOT_LAUNCHED")  # unless the agent has started
+        self.launch.end(error=error or "NOT_LAUNCHED")  # has no effect if the agent has started
         self.turn.end(facts, error=error)
 
-    def left(self) -> None:
-        """End the launch: the service stops. The recovery reports the turn, which it decides."""
+    def left_to_recovery(self) -> None:
+        """End the span of the launch, because the service stops. The recovery reports the turn."""
         self.launch.end(error="SERVICE_STOPPED")
 
 
 def begin_spans(turn: Turn, tracer: Tracer) -> TurnSpans:
-    """Begin the spans of a turn that got its slot now."""
+    """Begin the spans of a turn that has just got its slot."""
     run = turn.run
     facts = turn_facts(run_id=run.run_id, engine=run.engine, attempt=run.attempt, turn=run.turn)
     if turn.queued_at is not None:

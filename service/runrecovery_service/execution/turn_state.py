@@ -1,7 +1,7 @@
-"""The state of a turn under way, and the change by each event. Pure: no I/O, no clock.
+"""The state of a turn under way, and how each event changes it. Pure: no I/O, no clock.
 
-`advance` takes the state and one event and returns the next state, with what the supervisor has to
-do about it before the next event. `tests/execution/test_turn_state.py` has the table.
+`advance` takes the state and one event. It returns the next state, and the action that the
+supervisor must carry out before the next event. `tests/execution/test_turn_state.py` has the table.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from runrecovery_service.process.shim_events import (
 )
 
 LAST_OUTPUT_S: Final = 1.0
-"""How long a process that has exited may leave its output open: a child may hold it."""
+"""How long the output of a process may stay open after its exit: a child may have it open."""
 USAGE_RECORDED_EVERY_S: Final = 5.0
-"""Time between two records of a running turn's usage. The first report after the turn's question or
+"""Time between two records of a running turn's usage. The first usage after the turn's question or
 result is recorded at once, because the exit of an agent CLI can take seconds."""
 RETRIES_RECORDED: Final = 20
 """How many retries of one turn become events of the run."""
 UNKNOWN_TYPES: Final = 100
-"""How many unknown message types of one turn are remembered, so that each is reported once."""
+"""How many unknown message types of one turn are remembered, to log each only once."""
 UNAUTHENTICATED: Final = "The model refuses the agent's credentials, but the agent tries again:"
 SECOND_END: Final = "The agent gave a second, different result or question."
 ASKED_WITHOUT_SESSION: Final = "The agent asked without having named a session to resume."
@@ -62,9 +62,9 @@ class Signal(Enum):
     STDOUT_ENDED = auto()
     STDERR_ENDED = auto()
     SHIM_GONE = auto()
-    """The shim has closed its report."""
+    """The shim has closed its pipe for reports."""
     SHIM_USELESS = auto()
-    """The shim was found stopped or gone, although its report is still open."""
+    """The shim was found stopped or gone, although its pipe for reports is still open."""
     CANCELED = auto()
     """A cancel was accepted."""
     REPLY_LOST = auto()
@@ -72,14 +72,14 @@ class Signal(Enum):
     REPLY_ACCEPTED = auto()
     """The open question of a sticky process has its reply, which is about to be written."""
     USAGE_DUE = auto()
-    """The latest report of the usage has waited long enough for its record."""
+    """It is time to record the latest reported usage."""
     OUTPUT_UNREAD = auto()
-    """The process should have ended, and its output is not read and parsed yet."""
+    """The process should have ended, but its output is not completely read and parsed yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProtocolBroken:
-    """The agent broke the protocol. `how` is a sentence."""
+    """The agent broke the protocol. `how` is the explanation, one sentence."""
 
     how: str
 
@@ -128,21 +128,21 @@ class CompareEnds:
 
 @dataclass(frozen=True, slots=True)
 class RecordUsage:
-    """Record what the turn has used so far."""
+    """Record the usage of the turn so far."""
 
     used: TurnUsage
 
 
 @dataclass(frozen=True, slots=True)
 class RecordRetry:
-    """Record that the agent waits and calls its model again."""
+    """Record the event that the agent is waiting to call its model again."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReportUnknown:
-    """Log a message of an unknown type, or one that cannot be used because of `problem`."""
+    """Log a message of an unknown type, or a message that `problem` makes unusable."""
 
     type: str
     problem: str = ""
@@ -161,12 +161,12 @@ class TurnRules:
     """The inputs of a turn that do not change.
 
     Attributes:
-        profile: how the run waits for a reply; None: in a way that only a later version knows.
-        resumes: the process resumes a session that is on record.
-        ends_once: a second, different result or question breaks the protocol.
-        exit_grace_s: how long a process may run after its end or its last output.
-        budget: what the run may use.
-        used_before: what the run had used before this turn.
+        profile: how the run waits for a reply; None: a profile that only a newer version knows.
+        resumes: whether the process resumes a recorded session.
+        ends_once: whether a second, different result or question breaks the protocol.
+        exit_grace_s: how many seconds a process may run after its turn's end or its last output.
+        budget: the most that the run may use.
+        used_before: the usage of the run before this turn.
     """
 
     profile: Profile | None
@@ -186,18 +186,20 @@ class TurnState(TurnFacts):
     """The state of a turn under way.
 
     Attributes:
-        exited: how the agent's own process ended; None: it lives.
-        is_tree_empty: the kernel has reported to the shim that nothing of the tree is left.
-        is_canceled: a cancel was accepted.
-        has_session: the process has named its session.
+        exited: the exit of the agent's own process; None: it is alive.
+        is_tree_empty: whether the kernel has reported to the shim that no process of the tree is
+            left.
+        is_canceled: whether a cancel was accepted.
+        has_session: whether the process has named its session.
         open_outputs: how many of stdout and stderr are open.
-        exit_due_s: the loop's time by which the process must have ended; None: any time.
-        used: the most that the turn has reported as used, for each number of the report.
-        is_usage_new: `used` is not on record yet.
-        usage_due_s: the loop's time from which `used` is recorded before the end.
-        is_answering: the latest report was of an answer without a tool call, so the end may follow.
-        retries: how many retries were recorded.
-        unknown_types: message types that were reported as unknown.
+        exit_due_s: the event loop's time by which the process must have ended; None: no limit.
+        used: the usage of the turn: the highest reported value of each counter.
+        is_usage_new: whether `used` is not recorded yet.
+        usage_due_s: the event loop's time from which `used` may be recorded again.
+        is_answering: whether the latest usage was of an answer without a tool call, after which the
+            turn may end.
+        retries: the number of recorded retries.
+        unknown_types: message types that were logged as unknown.
     """
 
     exited: Exited | None = None
@@ -215,8 +217,8 @@ class TurnState(TurnFacts):
 
     @property
     def is_over(self) -> bool:
-        """True when the process has ended, or has to be ended."""
-        # All output comes before the end: a caller that follows the run must miss nothing.
+        """Whether the process has ended, or must be ended."""
+        # All output must come before the end, so that a caller that follows the run misses nothing.
         has_ended = self.exited is not None and not self.open_outputs
         is_lost = self.is_unsupervised or self.interrupted is not None
         is_stopped = self.is_canceled or self.deadline_passed is not None
@@ -225,18 +227,18 @@ class TurnState(TurnFacts):
 
     @property
     def wakes_to_record(self) -> bool:
-        """True when the record of the usage is due before the exit."""
+        """Whether the usage must be recorded before the exit."""
         is_first = self.exit_due_s is None or self.usage_due_s <= self.exit_due_s
         return self.is_usage_new and is_first
 
     @property
     def wake_s(self) -> float | None:
-        """The loop's time at which something is due without an event; None: nothing."""
+        """The event loop's time at which something is due without an event; None: nothing is."""
         return self.usage_due_s if self.wakes_to_record else self.exit_due_s
 
     @property
     def end_reason(self) -> str:
-        """Why the tree is ended, in a word for the log."""
+        """Why the tree is ended, as one word for the log."""
         reasons = {
             "canceled": self.is_canceled,
             "timed_out": self.deadline_passed is not None,
@@ -255,7 +257,7 @@ def advance(state: TurnState, event: TurnEvent, rules: TurnRules, *, now_s: floa
     """Return the state after an event, and the action to carry out before the next event.
 
     Args:
-        now_s: the loop's time.
+        now_s: the event loop's time.
     """
     match event:
         case LineRead(at_work):
@@ -271,7 +273,7 @@ def advance(state: TurnState, event: TurnEvent, rules: TurnRules, *, now_s: floa
         case Exited() | EndsItself() | Empty():
             return _shim_event(state, event, now_s), None
         case Gated() | Started() | NotStarted():
-            return state, None  # the launch waits for these itself
+            return state, None  # the launch itself waits for these
         case UsageMessage():
             return _usage(state, event, now_s)
         case _:
@@ -303,7 +305,7 @@ def _question(state: TurnState, asked: Asked, rules: TurnRules) -> Step:
         return replace(state, protocol_error=ASKED_WHILE_WAITING), None
     if state.last_word is not None:
         return replace(state, protocol_error=SECOND_END), None
-    # Before the question is committed: its reply may come right after the commit.
+    # Set before the question is committed, because its reply may come right after the commit.
     return replace(state, is_waiting=True), RecordQuestion(asked.question)
 
 
@@ -357,9 +359,9 @@ def _unknown(state: TurnState, message: UnknownMessage) -> Step:
 def _line_read(
     state: TurnState, rules: TurnRules, now_s: float, *, at_work: bool | None
 ) -> TurnState:
-    """Restart the time within which the process must exit, if its turn has ended.
+    """If the turn has ended, set the time limit for the exit of the process anew.
 
-    An agent that has begun another turn of its own has no such limit.
+    An agent that has begun further work on its own has no limit.
     """
     if state.exited is not None or not state.open_outputs:
         return replace(state, is_at_work=at_work is True)
@@ -380,7 +382,7 @@ def _signal(state: TurnState, signal: Signal, rules: TurnRules, now_s: float) ->
             return replace(state, is_canceled=True)
         case Signal.REPLY_ACCEPTED:
             return replace(state, is_waiting=False)
-        case Signal.REPLY_LOST:  # the process may be exiting
+        case Signal.REPLY_LOST:  # the process may just be exiting
             return replace(state, is_reply_lost=True, exit_due_s=soon_s)
         case Signal.STDOUT_ENDED:
             due_s = now_s + rules.exit_grace_s
@@ -391,7 +393,8 @@ def _signal(state: TurnState, signal: Signal, rules: TurnRules, now_s: float) ->
             return replace(state, is_unsupervised=state.exited is None, exit_due_s=soon_s)
         case Signal.SHIM_USELESS:
             # A shim may be killed after its tree has ended. While a write is retried, the straggler
-            # sweep may find it gone before the exit, which it reported, was taken from the queue.
+            # sweep may find the shim gone although the exit that the shim has reported is still in
+            # the queue.
             return replace(state, is_unsupervised=state.exited is None)
         case Signal.OUTPUT_UNREAD:
             return replace(state, exit_due_s=soon_s)
@@ -405,7 +408,7 @@ def _shim_event(state: TurnState, event: Exited | EndsItself | Empty, now_s: flo
         case Exited():
             return replace(state, exited=event, exit_due_s=soon_s)
         case EndsItself():
-            # An exit before the shim's kill counts: the agent may have ended well.
+            # An exit before the shim's kill counts, because the agent may have succeeded.
             interrupted = SUSPENDED if state.exited is None else None
             return replace(state, interrupted=interrupted, exit_due_s=soon_s)
         case Empty():

@@ -1,1 +1,1 @@
-"""Recovery: what happens between a start and SERVING, and at a planned stop."""
+"""Recovers runs: between a start and SERVING, at a planned stop, and in a takeover."""

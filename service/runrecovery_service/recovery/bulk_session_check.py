@@ -1,7 +1,8 @@
 """Checks in bulk which sessions of agents can still be resumed.
 
-A check reads files, and their storage may not answer. Each bulk has a time limit. Sessions that
-have no answer by then count as not answered, and the check of that engine is not called again.
+A check reads files, and the file system may not answer. Each bulk therefore has a time limit.
+Sessions without a result at the limit count as not answered, and the engine's check is not called
+again.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from runrecovery_service.storage.session_checks import StoredSession
 
 SESSIONS_PER_CHECK: Final = 5000
 CHECK_S: Final = 30.0
-"""The time limit of one bulk."""
+"""The time limit of one bulk, in seconds."""
 STOP_POLL_S: Final = 0.1
-"""How often a running check looks whether the service is to stop."""
+"""How often a running check looks for a requested stop, in seconds."""
 
 WorkspaceOf = Callable[[int, int], Path]
-"""Returns the workspace of a run key and an attempt."""
+"""Returns the workspace of a run's attempt. Arguments: the run's key, and the attempt."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class BulkSessionCheck:
     """Calls the session checks of all engines for one recovery, or for one plan.
 
-    A recovery and a plan use a copy, so that `replace_checks` does not change theirs midway.
+    A recovery or a plan works with its own copy, which `replace_checks` does not change.
 
     Attributes:
-        checks: the check of each engine that has one.
-        stop: interrupts a bulk; by default nothing does.
+        checks: by engine: its session check. Engines without a check are left out.
+        stop: interrupts a bulk; by default nothing interrupts it.
         check_s: the time limit of one bulk.
         monotonic: the clock of the time limit.
-        hanging: the checks that did not answer in time, by engine. They are not called again.
+        hanging: by engine: the check that did not answer in time, and is not called again.
     """
 
     checks: Mapping[str, SessionCheck]
@@ -60,10 +61,11 @@ class BulkSessionCheck:
     def check_all(self, engine: str, stored: Sequence[StoredSession]) -> list[SessionFinding]:
         """Return one finding for each session.
 
-        Sessions without an answer in time get `not_answered`, as do all later ones of that engine.
+        Sessions without a result in time get the finding `not_answered`, and so do all later
+        sessions of the engine.
 
         Raises:
-            RecoveryInterrupted: the service is to stop.
+            RecoveryInterrupted: a stop was requested.
         """
         check = self.checks[engine]
         is_called = stored and engine not in self.hanging
@@ -73,13 +75,13 @@ class BulkSessionCheck:
     def _findings_in_time(
         self, engine: str, check: SessionCheck, stored: Sequence[StoredSession]
     ) -> list[SessionFinding]:
-        """Return the findings that arrive within the time limit; the rest are missing."""
+        """Return the findings that arrive within the time limit. The list may end early."""
         handles = [self._handle(session) for session in stored]
         findings: list[SessionFinding] = []
 
         def look() -> None:
             for finding in check.run(handles):
-                findings.append(finding)  # noqa: PERF402 - the waiting thread sees each at once
+                findings.append(finding)  # noqa: PERF402 - the waiting thread must see each at once
 
         deadline = self.monotonic() + self.check_s
         running = daemon_threads.start(look)
@@ -102,17 +104,17 @@ class BulkSessionCheck:
 
 
 def changed_findings(
-    db: Database, reach: RecoveryScope, bulk: BulkSessionCheck
+    db: Database, scope: RecoveryScope, bulk: BulkSessionCheck
 ) -> Iterator[dict[int, SessionFinding]]:
-    """Check the session of every run that a restart decides on.
+    """Check the sessions of all runs that a restart decides on.
 
     Yields:
-        The findings that differ from the recorded ones, by run key, one dict for each bulk.
+        For each bulk: by run key, the findings that differ from the recorded ones.
     """
     for engine in bulk.checks:
         after = 0
         while stored := session_checks.sessions_to_check(
-            db, reach, engine=engine, after=after, limit=SESSIONS_PER_CHECK
+            db, scope, engine=engine, after=after, limit=SESSIONS_PER_CHECK
         ):
             findings = bulk.check_all(engine, stored)
             yield {

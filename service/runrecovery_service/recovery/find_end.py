@@ -1,4 +1,4 @@
-"""The interface that finds the ends of turns in kept output. `execution/` implements it."""
+"""The interface for finding the ends of turns in the kept output. `execution/` implements it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.storage.found_ends import OpenTurn
 
 FindEnd = Callable[[OpenTurn], FoundEnd | None]
-"""Returns the end of a turn that lies in its kept output, None if nothing proves one. Blocking."""
+"""Returns the end that the kept output of a turn proves; None if it proves none. Blocking."""
 
 
 def find_no_end(turn: OpenTurn) -> None:
-    """Return None: nothing is searched."""
+    """Return None: search nothing."""

@@ -18,10 +18,10 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandOver:
-    """The hand-over of one stop.
+    """The hand-over of runs at one planned stop.
 
     Attributes:
-        shares_workspaces: peers can resume the sessions of this instance.
+        shares_workspaces: whether peers can resume the sessions of this instance.
     """
 
     owner: Owner
@@ -29,20 +29,21 @@ class HandOver:
     shares_workspaces: bool
 
     def run(self, db: Database) -> None:
-        """Hand over the runs that peers can continue. After an error the rest keep their owner.
+        """Hand over the runs that peers can continue.
 
-        No run is lost by that: the decisions of the stop include it, peers take it from the queue
-        of a stopped instance, and the next start or a takeover finds it.
+        After an error, the remaining runs keep their owner, and none is lost. The decisions of the
+        stop include them, peers take queued runs of a stopped instance, and the next start or a
+        takeover finds the others.
 
         Raises:
             Fenced: a newer epoch of this instance has started.
         """
         try:
-            # A boundary of its own: a conflict repeats the hand-over, and not the decisions.
+            # A separate use case, so that a conflict repeats only the hand-over, not the decisions.
             handed = use_case.run_use_case(db, self._hand_over)
         except Fenced:
             raise
-        except Exception as error:  # an error must not prevent the decisions of the stop
+        except Exception as error:  # no error may prevent the decisions of the stop
             log.error(  # noqa: TRY400 - an outage needs no traceback
                 "handover.failed", **error_facts(error), exc_info=not is_outage(error)
             )

@@ -1,7 +1,7 @@
 """Counts the model calls of killed turns from their session files.
 
-Reading a session file can hang, for example on a network file system. So all sessions of a recovery
-together have a time limit.
+Reading a session file can hang, for example on a network file system. One time limit therefore
+applies to all sessions of a recovery together.
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ from runrecovery_service.storage.found_ends import OpenTurn
 log = structlog.get_logger()
 
 OutputOf = Callable[[int, int], Path]
-"""Returns a file of an attempt of a run, given the key of the run and the attempt."""
+"""Returns the file with the output of a run's attempt. Arguments: the run's key, and the
+attempt."""
 COUNT_S: Final = 30.0
-"""The time limit of one recovery. Later turns keep the usage that they had reported."""
+"""The time limit of one recovery, in seconds. Turns not counted by then keep their reported
+usage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KilledUsage:
-    """Counts the model calls of the unfinished turns that a recovery finds.
+    """Counts the model calls of the unfinished turns of one recovery.
 
     Attributes:
-        output: the file with what the agent of an attempt has printed.
+        output: returns the file with the printed output of an attempt.
         monotonic: the clock of the time limit.
     """
 
@@ -54,10 +56,12 @@ class KilledUsage:
     def count(
         self, turns: Iterable[OpenTurn], found: Mapping[int, FoundEnd], stop: StopSignal
     ) -> dict[int, TurnUsage]:
-        """Return the usage of the turns by run key. Turns whose session adds nothing are left out.
+        """Return the usage of the turns by run key.
+
+        Turns are left out if their session file adds nothing to the reported usage.
 
         Raises:
-            RecoveryInterrupted: the service is to stop.
+            RecoveryInterrupted: a stop was requested.
         """
         deadline = self.monotonic() + COUNT_S
         counted: dict[int, TurnUsage] = {}
@@ -107,7 +111,7 @@ class KilledUsage:
             reason = str(error)
         except NotKnown:
             reason = "not_known"
-        except Exception as error:  # noqa: BLE001 - no file of an agent may prevent a start
+        except Exception as error:  # noqa: BLE001 - no agent's file may prevent a start
             reason = type(error).__name__
         log.warning("recovery.session_usage_not_read", run_id=turn.run_id, reason=reason)
         return None
@@ -116,8 +120,8 @@ class KilledUsage:
         """Wait until the session is read.
 
         Raises:
-            RecoveryInterrupted: the service is to stop.
-            TimeoutError: the time of the recovery is over.
+            RecoveryInterrupted: a stop was requested.
+            TimeoutError: the time limit of the recovery has passed.
         """
         while not wait([reading], STOP_POLL_S).done:
             if stop.is_set():

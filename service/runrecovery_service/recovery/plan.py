@@ -1,7 +1,7 @@
-"""Previews what a restart at this moment would decide, without a change.
+"""Previews the decisions of a restart at this moment, without changing anything.
 
-The rows are read in one snapshot. Sessions and kept output are read after the snapshot is closed:
-their files may be on storage that does not answer, and no transaction may wait for such files.
+The rows are read in one snapshot. Sessions and kept output are read after the snapshot is closed,
+because no transaction may wait for a file system that may not answer.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from runrecovery_service.storage.recovery_scope import RecoveryScope
 from runrecovery_service.storage.session_checks import StoredSession
 
 _Session = tuple[StoredSession, Situation, Work]
-"""A session to check, the situation of its run by the stored rows, and the work of its run."""
+"""A session to check, with the situation of its run by the stored rows, and the run's work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Totals:
-    """The rows from which all runs are counted.
+    """The rows from which the totals of all runs are counted.
 
     Attributes:
-        situations: the runs in each situation, by the stored rows.
+        situations: each situation by the stored rows, with the number and the work of its runs.
         sessions: the sessions to check, by engine.
-        running: the runs whose kept output may have their end.
+        running: the runs that may have ended already, as their kept output may show.
         launches: how many launches a restart would end.
     """
 
@@ -59,7 +59,7 @@ class _Totals:
 class Rows:
     """The rows of one snapshot: a page of runs and, for the first page, the totals of all runs.
 
-    `turns` are the running turns of the page; on the first page those of all runs.
+    `turns` are the running turns of the page; for the first page, those of all runs.
     """
 
     page: Sequence[PreviewedRun] = field(repr=False)
@@ -70,7 +70,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planner:
-    """Previews the next restart of one instance, with the session checks of this start.
+    """Previews the next restart of one instance.
 
     Attributes:
         find_end: finds the ends of turns in their kept output.
@@ -82,49 +82,49 @@ class Planner:
     find_end: FindEnd = find_no_end
 
     def pinned(self) -> Planner:
-        """Return a planner that keeps the present session checks, for one plan."""
+        """Return a copy for one plan, whose session checks a reload does not replace."""
         return replace(self, sessions=replace(self.sessions))
 
     @property
-    def _reach(self) -> RecoveryScope:
+    def _scope(self) -> RecoveryScope:
         return RecoveryScope(owner=self.owner, before=self.owner.epoch + 1)
 
     def read(self, db: Database, *, after: tuple[int, ...] | None, limit: int) -> Rows:
         """Read a page of runs, in the order in which a restart would decide on them.
 
-        The first page also has the totals, from the same snapshot.
+        The first page also has the totals, read in the same snapshot.
         """
         now = self.clock.now()
         with db.snapshot():
             runs = recovery_preview.preview_page(
-                db, self._reach, after=after[0] if after else 0, limit=limit + 1, now=now
+                db, self._scope, after=after[0] if after else 0, limit=limit + 1, now=now
             )
             page = runs[:limit]
             span = {"first": page[0].run_key, "last": page[-1].run_key} if after and page else {}
             return Rows(
                 page=page,
-                turns=found_ends.open_turns(db, self._reach, **span),
+                turns=found_ends.open_turns(db, self._scope, **span),
                 after=(runs[limit - 1].run_key,) if len(runs) > limit else None,
                 totals=None if after else self._read_totals(db, now),
             )
 
     def _read_totals(self, db: Database, now: datetime) -> _Totals:
         return _Totals(
-            situations=recovery_preview.sum_situations(db, self._reach, now=now),
+            situations=recovery_preview.sum_situations(db, self._scope, now=now),
             sessions={engine: self._sessions(db, engine, now) for engine in self.sessions.checks},
-            running=recovery_preview.preview_running(db, self._reach, now=now),
+            running=recovery_preview.preview_running(db, self._scope, now=now),
             launches=len(
-                launch_records.unclosed_launches(db, self.owner, before=self._reach.before)
+                launch_records.unclosed_launches(db, self.owner, before=self._scope.before)
             ),
         )
 
     def _sessions(self, db: Database, engine: str, now: datetime) -> list[_Session]:
-        """Return the sessions of an engine. Equal situations share one object, to save memory."""
+        """Return the sessions of an engine. To save memory, equal situations are one object."""
         sessions: list[_Session] = []
         known: dict[Situation, Situation] = {}
         after = 0
         while runs := recovery_preview.preview_engine(
-            db, self._reach, engine, after=after, limit=SESSIONS_PER_CHECK, now=now
+            db, self._scope, engine, after=after, limit=SESSIONS_PER_CHECK, now=now
         ):
             sessions += (
                 (run.session, known.setdefault(run.situation, run.situation), run.work)
@@ -137,7 +137,7 @@ class Planner:
     def decide(self, rows: Rows) -> tuple[Page[PlannedDecision], RecoveryPlan | None]:
         """Check the sessions, and return the page of decisions; for the first page also the plan.
 
-        This blocks, and needs no store.
+        This blocks. It does not use the store.
         """
         found, plan = self._check_page(rows.page), None
         ends = {
@@ -159,7 +159,7 @@ class Planner:
         return Page(rows=decisions, after=rows.after), plan
 
     def _check_page(self, page: Sequence[PreviewedRun]) -> dict[int, SessionFinding]:
-        """Return the findings of the sessions of these runs, by run key."""
+        """Check the sessions of these runs, and return the findings by run key."""
         self._forget_finished_checks()
         found: dict[int, SessionFinding] = {}
         for engine in self.sessions.checks:
@@ -171,7 +171,7 @@ class Planner:
     def _count(
         self, totals: _Totals, found: Mapping[int, SessionFinding], ends: Mapping[int, Fact]
     ) -> RecoveryPlan:
-        """Add up all runs by their stored situation, then correct runs with another one now."""
+        """Add up all runs by stored situation, then correct runs whose situation now differs."""
         sums: defaultdict[Decision, Work] = defaultdict(Work)
 
         def correct(before: Situation, now: Situation, work: Work) -> None:
@@ -196,7 +196,7 @@ class Planner:
         return sum_decisions(sums.items(), launches=totals.launches)
 
     def _forget_finished_checks(self) -> None:
-        """Let engines whose previous check has finished be checked again."""
+        """Allow new checks of engines whose hanging check has finished."""
         hanging = self.sessions.hanging
         for engine, check in list(hanging.items()):
             if check.done():
@@ -209,7 +209,7 @@ def _findings(
     sessions: Sequence[_Session],
     known: Mapping[int, SessionFinding],
 ) -> Iterator[tuple[_Session, SessionFinding]]:
-    """Yield each session with its finding. Sessions with a known finding are not checked."""
+    """Yield each session with its finding; sessions with a known finding are not checked again."""
     for at in range(0, len(sessions), SESSIONS_PER_CHECK):
         portion = sessions[at : at + SESSIONS_PER_CHECK]
         unknown = [stored for stored, _, _ in portion if stored.run_key not in known]
@@ -222,15 +222,16 @@ def _findings(
 def _now(
     run: PreviewedRun, found: Mapping[int, SessionFinding], ends: Mapping[int, Fact]
 ) -> Situation:
-    """Return the situation of a run with what was found in its session and its kept output."""
+    """Return the situation of a run, corrected by the findings in its session and kept output."""
     situation = _with_finding(run.situation, found.get(run.run_key))
     return replace(situation, facts=situation.facts | ends.get(run.run_key, NOTHING))
 
 
 def _with_finding(situation: Situation, finding: SessionFinding | None) -> Situation:
-    """Return the situation of a run whose session has this finding.
+    """Return the situation of a run, corrected by the finding about its session.
 
-    None: the run has no session, or its engine has no session check.
+    Args:
+        finding: None: the run has no session, or its engine has no session check.
     """
     if finding is None:
         return situation

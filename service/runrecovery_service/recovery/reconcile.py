@@ -1,20 +1,20 @@
-"""The order of a recovery: at a start, at a planned stop for its own epoch, and in a takeover.
+"""The steps of a recovery: at a start, at a planned stop for its own epoch, and in a takeover.
 
-A crash may cut off any step; the next start then does the step again. A planned stop does steps 1
-to 5 and commits its report, so that its next start finds nothing to decide. A takeover does steps 1
-to 3 for the runs of a dead instance, while this service serves.
+A start does all steps. A planned stop does steps 1 to 5 and 7, so that the next start has nothing
+to decide. A takeover does steps 1 to 3 and 7 for the runs of a dead instance, while this service
+serves. After a crash in any step, the next start repeats the step.
 
-0. Adopt what another instance name left in a SQLite store. The steps below then cover it.
-1. Kill orphans, before any state changes: an orphan may still write to a run that is about to fail.
+0. Adopt the runs and launches of other instance names in a SQLite store, for the steps below.
+1. Kill orphans. This comes first, because an orphan may still write to a run that will fail.
    Complete the kept output of their turns.
 2. Check the sessions of engines that have a session check.
-3. Find the results and questions of turns that had ended before their end could be recorded, count
-   the calls of the turns that were killed, and decide on every run of an earlier epoch, in batches.
-4. Clear the bindings of ended runs.
-5. Remove trust entries that no run needs from the files of agent CLIs. No failure of this step
-   prevents a start.
-6. Set deadlines by the clock that runs now.
-7. Commit the report, with the result of the containment probe. The gate opens only after this.
+3. Find results and questions of turns that had ended before their end could be recorded. Count the
+   model calls of killed turns. Decide on every run of an earlier epoch, in batches.
+4. Clear sessions and open questions of ended runs.
+5. Remove trust entries that no run needs from the files of agent CLIs. A failure of this step does
+   not prevent a start.
+6. Convert deadlines to the steady clock of this boot.
+7. Commit the report, with the result of the containment probe. Only then the gate opens.
 """
 
 from __future__ import annotations
@@ -78,12 +78,13 @@ log = structlog.get_logger()
 
 SMALLEST_BATCH: Final = 500
 TRUST_S: Final = 10.0
-"""Time for the files of agent CLIs. A sweep removes the rest while the service runs."""
+"""Time limit for the files of agent CLIs, in seconds. A sweep removes the rest while the service
+runs."""
 DECISIONS_LOGGED: Final = 1000
-"""Decisions of one recovery that get a log line of their own. The history has all decisions."""
+"""The most decisions of one recovery that are logged. The history has all decisions."""
 
 RecordRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
-"""Records removals in the transaction that deletes their rows."""
+"""Records removals of trust entries, in the transaction that deletes their rows."""
 
 
 class EndsLaunches(Protocol):
@@ -100,7 +101,7 @@ class TrustCleaner(Protocol):
     def remove_stale_on(
         self, db: Database, record: RecordRemovals, is_over: Callable[[], bool]
     ) -> TrustClearing:
-        """Remove entries until all are removed, or until `is_over` returns True between two edits.
+        """Remove entries until all are removed, or `is_over` returns True between two edits.
 
         Call this outside of transactions.
         """
@@ -112,11 +113,11 @@ class RecoveryLimits:
     """The limits of a recovery.
 
     Attributes:
-        batch_rows: most runs that one transaction decides.
-        batch_s: target duration of one such transaction.
-        safe_mode_after: unfinished starts after which a start launches nothing; 0: never.
-        safe_mode_window_s: the time within which unfinished starts are counted.
-        reopen_window_s: how long a run that lost its session can be reopened.
+        batch_rows: the most runs on which one transaction decides.
+        batch_s: the target duration of one of these transactions, in seconds.
+        safe_mode_after: how many unfinished starts in a row cause safe mode; 0: never safe mode.
+        safe_mode_window_s: only unfinished starts of the last so many seconds are counted.
+        reopen_window_s: how many seconds a run that lost its session can be reopened.
     """
 
     batch_rows: int
@@ -128,15 +129,15 @@ class RecoveryLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftovers:
-    """Deals with what the agents of earlier turns have left on this machine.
+    """Handles everything that earlier turns have left on this machine.
 
     Attributes:
         launches: kills processes.
         sessions: checks sessions.
         trust: removes trust entries.
         find_end: finds the ends of turns in their kept output.
-        usage: counts the calls of killed turns; None: they do not count.
-        outputs: completes the kept output; None: it stays as it is.
+        usage: counts the model calls of killed turns; None: they are not counted.
+        outputs: completes the kept output; None: the output stays as it is.
     """
 
     launches: EndsLaunches
@@ -153,11 +154,11 @@ class DeadInstance:
 
     Attributes:
         owner: the instance, with the epoch of the takeover.
-        demand_current: begins each transaction that decides, and raises once the instance has come
-            back.
-        is_here: whether a launch was on this boot of this host.
-        elsewhere: what is true of runs whose next turn resumes a session, if the sessions of the
-            instance cannot be read here; else nothing.
+        demand_current: the first check of each deciding transaction. Raises if the instance has
+            started again.
+        is_here: returns whether a launch was made on this host during this boot.
+        elsewhere: the facts of runs whose next turn resumes a session, if the sessions of the
+            instance cannot be read here; otherwise no facts.
     """
 
     owner: Owner
@@ -173,7 +174,7 @@ class Recovery:
     Attributes:
         cause: the start, the planned stop or the takeover.
         stop: interrupts the recovery.
-        tracer: gets the spans of the recovery; None: traces are off.
+        tracer: starts the spans of the recovery; None: traces are off.
         dead: the instance that is taken over; None: no takeover.
     """
 
@@ -200,11 +201,12 @@ class Recovery:
         """Recover, and return the completed report. This blocks.
 
         Args:
-            status: gets the id of the report as soon as the store has the report.
+            status: its `report_id` is set as soon as the report is stored.
 
         Raises:
-            RecoveryInterrupted: the service is to stop.
-            RunRecoveryError, peewee errors: the report is FAILED; a retry is safe.
+            RecoveryInterrupted: a stop was requested.
+            RunRecoveryError, peewee errors: the recovery failed, and its report is FAILED. A retry
+                is safe.
         """
         report = ReportBuilder(
             owner=self.owner,
@@ -250,7 +252,7 @@ class Recovery:
         return completed
 
     def _reconcile(self, db: Database, report: ReportBuilder) -> None:
-        """Do the steps in their order."""
+        """Do the steps of the module's docstring, in their order."""
         is_start = self.cause is Cause.STARTUP
         if is_start:
             self._adopt(db, report)
@@ -274,7 +276,7 @@ class Recovery:
         with report.phase("bindings"):
             report.tally += stale_bindings.clear_stale_bindings(db, self.recovered)
         if self.dead is not None:
-            return  # the sweeps of this service remove trust entries, and deadlines have moved
+            return  # sweeps remove trust entries, and each batch converts its deadlines
         with report.phase("trust"):
             self._clear_trust(db, report)
         if is_start:
@@ -338,7 +340,7 @@ class Recovery:
             )
 
     def _collect_deliveries(self, db: Database) -> None:
-        """Take deliveries back from successors; delete those of webhooks that are not configured.
+        """Take deliveries back from successors, and delete those that no webhook is configured for.
 
         Adopted deliveries are deleted too.
         """
@@ -382,7 +384,7 @@ class Recovery:
     # -- sessions ------------------------------------------------------------------------------
 
     def _check_sessions(self, db: Database, report: ReportBuilder, scope: ApplyScope) -> None:
-        # A new `hanging`: each try of a recovery calls every check again.
+        # With an empty `hanging`, so that each try of a recovery calls every check again.
         bulk = replace(self.leftovers.sessions, hanging={}, stop=self.stop)
         for findings in changed_findings(db, scope, bulk):
             if self.stop.is_set():
@@ -395,7 +397,7 @@ class Recovery:
     # -- results and questions in the kept output ----------------------------------------------
 
     def _find_ends(self, turns: Sequence[OpenTurn]) -> dict[int, FoundEnd]:
-        """Return the ends of turns that their service did not record, by run key."""
+        """Return by run key the ends of turns that the service could not record."""
         found: dict[int, FoundEnd] = {}
         for turn in turns:
             if self.stop.is_set():
@@ -415,7 +417,7 @@ class Recovery:
 
         try:
             clearing = self.leftovers.trust.remove_stale_on(db, report.record_removals, is_over)
-        except Exception as error:  # noqa: BLE001 - no file of an agent CLI may prevent a start
+        except Exception as error:  # noqa: BLE001 - no agent CLI's file may prevent a start
             log.warning("trust.not_cleared", **identity(report), **error_facts(error))
             clearing = TrustClearing(failures=(type(error).__name__,))
         report.warnings.extend(map(report_warnings.trust_entry_kept, clearing.warnings))
@@ -423,7 +425,7 @@ class Recovery:
     # -- deadlines -----------------------------------------------------------------------------
 
     def _rearm_deadlines(self, db: Database, report: ReportBuilder) -> None:
-        """Convert deadlines to the present clock: this may be another machine, or another boot."""
+        """Convert deadlines to the present clock, because machine or boot may have changed."""
         count = deadlines.move_to_clock(
             db, self.owner, now=self.clock.now(), steady=self.clock.steady()
         )
@@ -433,10 +435,10 @@ class Recovery:
     # -- decisions -----------------------------------------------------------------------------
 
     def _decide_runs(self, db: Database, report: ReportBuilder, scope: ApplyScope) -> None:
-        """Decide on the runs in batches, by their keys.
+        """Decide on the runs in batches, in the order of their keys.
 
-        A batch whose rows are locked for too long does not keep the others from their decisions.
-        Its error is raised at the end, and a later try decides on it.
+        If the rows of a batch are locked for too long, the other batches are decided nevertheless.
+        The error is raised at the end, and a later try decides on the batch.
         """
         busy: Exception | None = None
         report.runs_total = recovery_apply.count_runs(db, scope)
@@ -456,7 +458,7 @@ class Recovery:
                 if rows > SMALLEST_BATCH:
                     rows //= 2  # the batch took longer than the statement timeout of the database
                     continue
-                if db.dialect.kind is DatabaseKind.SQLITE:  # one lock is of all rows
+                if db.dialect.kind is DatabaseKind.SQLITE:  # its lock covers all rows
                     raise
                 busy, after = busy or error, batch.last
                 continue
@@ -481,7 +483,7 @@ class Recovery:
 
 
 def next_batch_rows(rows: int, elapsed_s: float, *, most: int, batch_s: float) -> int:
-    """Return the size of the next batch: smaller after a slow one, larger after a quick one."""
+    """Return the size of the next batch: smaller after a slow batch, larger after a fast one."""
     if elapsed_s > batch_s:
         return max(min(SMALLEST_BATCH, most), rows // 2)
     if elapsed_s < batch_s / 4:

@@ -26,7 +26,7 @@ def identity(report: ReportBuilder) -> dict[str, object]:
 
 
 def log_decisions(db: Database, report: ReportBuilder, batch: Batch, *, limit: int) -> int:
-    """Log the decisions of a batch, at most `limit`, and return how many."""
+    """Log at most `limit` decisions of a batch, and return how many were logged."""
     decided = decisions.decisions_of_batch(db, report.key, batch, limit=limit)
     for run_id, rule, status_before, status_after in decided:
         log.info(

@@ -15,12 +15,13 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.recovery_apply import Batch
 
 CUT_TURNS_REPORTED: Final = 1000
-"""Turns of one batch that are reported. There are no more than slots, unless rows are damaged."""
+"""The most turns of one batch that are reported. Only damaged rows can exceed the number of
+slots."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecoverySpans:
-    """The spans of a recovery that has begun. They are a trace of their own."""
+    """The spans of a recovery that has begun. They form a separate trace."""
 
     tracer: Tracer
     recovery: Span
@@ -38,12 +39,12 @@ class RecoverySpans:
             span.end(error=error)
 
     def report_cut_turns(self, db: Database, report_key: int, batch: Batch) -> None:
-        """Report the turns of a batch that ended with their service."""
+        """Report the turns in a batch that ended because the service died."""
         for turn in cut_turns(db, report_key, batch, limit=CUT_TURNS_REPORTED):
             self._report_cut_turn(turn)
 
     def _report_cut_turn(self, turn: CutTurn) -> None:
-        """Report a turn as the span that its agent has as its parent."""
+        """Report a turn as one span, with the id that the agent already has as its parent."""
         facts = turn_facts(
             run_id=turn.run_id, engine=turn.engine, attempt=turn.attempt, turn=turn.turn
         )
@@ -56,7 +57,7 @@ class RecoverySpans:
         )
 
     def completed(self, report: Reconciliation) -> None:
-        """End the recovery with what its report counts."""
+        """End the recovery's span, with the counts of its report."""
         self.recovery.end(
             {
                 "runrecovery.runs_scanned": report.runs_scanned,
@@ -67,7 +68,7 @@ class RecoverySpans:
         )
 
     def failed(self, reason: str) -> None:
-        """End a recovery that failed."""
+        """End the span of a failed recovery."""
         self.recovery.end(error=reason)
 
 

@@ -38,8 +38,8 @@ class ReportBuilder:
     """Collects the counts, phases and warnings of a recovery.
 
     Attributes:
-        spans: of the recovery and its phases; None: traces are off.
-        key: the primary key of the report, once `open` has written it.
+        spans: the spans of the recovery and its phases; None: traces are off.
+        key: the primary key of the report; 0 before `open`.
         tally: the counts of all committed batches.
     """
 
@@ -82,17 +82,17 @@ class ReportBuilder:
         self.phases.append(Phase(name=name, duration_s=round(time.monotonic() - begun, 6)))
 
     def write(self, db: Database, batch: Tally | None = None) -> None:
-        """Write the report so far, including a batch that is about to commit."""
+        """Write the report so far, including the counts of a batch that is about to commit."""
         reports.write_report(db, self.key, self._as_of(self.tally + (batch or Tally())))
 
     def add(self, committed: Tally) -> None:
-        """Add the counts of a transaction that is committed."""
+        """Add the counts of a committed transaction."""
         self.tally += committed
 
     def record_removals(self, db: Database, removals: tuple[TrustRemoval, ...]) -> None:
         """Write trust removals into the report, in the transaction that deletes their rows.
 
-        Without those rows no later report could name the removals.
+        Once these rows are deleted, no later report could name the removals.
         """
         before = self.trust_removals
         self.trust_removals += removals
@@ -103,11 +103,11 @@ class ReportBuilder:
             raise
 
     def complete(self, db: Database) -> Reconciliation:
-        """Close the report of a recovery that decided on every run."""
+        """Close the report of a recovery that has decided on every run."""
         return self._close(db, ReconciliationState.COMPLETED, None)
 
     def fail(self, db: Database, error: str) -> Reconciliation:
-        """Close the report of a recovery that failed."""
+        """Close the report of a failed recovery."""
         return self._close(db, ReconciliationState.FAILED, error)
 
     def _close(self, db: Database, state: ReconciliationState, error: str | None) -> Reconciliation:

@@ -1,4 +1,4 @@
-"""The wording of every warning that a recovery writes into its report."""
+"""The texts of all warnings that a recovery writes into its report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from runrecovery_service.storage.adoption import Adopted
 
 
 def adopted(previous: Adopted) -> str:
-    """Return the warning that the store belonged to another instance name."""
+    """Return the warning that runs of another instance name were adopted."""
     return (
         f"instance {previous.instance!r} had this database before: its unfinished runs (at least"
         f" {previous.runs}) and launches (at least {previous.launches}) are adopted"
@@ -32,15 +32,15 @@ def launches_elsewhere(count: int) -> str:
 
 
 def run_quarantined(run_id: str, reason: str) -> str:
-    """Return the warning that no rule may decide on a run."""
+    """Return the warning that a run is quarantined."""
     return f"run {run_id} is quarantined: {reason}"
 
 
 def sessions_not_answered(engine: str, check_s: float) -> str:
     """Return the warning that the session check of an engine took too long."""
     return (
-        f"engine {engine}: its sessions could not all be checked within {check_s:g} s each time;"
-        " the others count as not answered"
+        f"engine {engine}: some sessions could not be checked within {check_s:g} s per bulk;"
+        " they count as not answered"
     )
 
 

@@ -1,4 +1,4 @@
-"""The progress of the recovery of this start, while it runs and afterwards."""
+"""The progress and the result of the recovery of this start."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from runrecovery_service.domain.reconciliation import Containment, Reconciliatio
 
 @dataclass(slots=True)
 class RecoveryStatus:
-    """Written by the recovery, and read by GetRecoveryStatus.
+    """The progress of one recovery, which the recovery writes and GetRecoveryStatus reads.
 
     Attributes:
         lost_commits: the note about commits that the database lost; None: no loss is known.
-        probe: the probe of containment, which runs beside the start; None at a planned stop.
+        probe: the containment probe, which runs in parallel with the start; None at a planned stop.
         report: the report, once it is committed.
         report_id: the reconciliation_id of the report; None until the store has the report.
     """

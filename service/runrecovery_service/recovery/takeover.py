@@ -1,7 +1,7 @@
 """Takes over dead instances while this service serves. PostgreSQL only.
 
-An instance is dead once its lease has run out by the clock of the database. A takeover makes the
-decisions of a restart for its runs, in a separate report. `storage/takeover.py` has the SQL.
+An instance is dead once its lease has ended by the database's clock. A takeover decides on its runs
+as a restart would, in a separate report. `storage/takeover.py` has the SQL.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ R = TypeVar("R")
 log = structlog.get_logger()
 
 SEARCHES_PER_LEASE: Final = 5
-"""The number of searches for dead instances in the time of one lease."""
+"""The number of searches for dead instances in `lease_ttl_s`."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -42,10 +42,10 @@ class TakeoverLoop:
     """Searches for dead instances and takes them over, until it is stopped.
 
     Attributes:
-        recovery: the template for recoveries: `dead` is set for each takeover.
-        engines: returns the names of the engines that are configured here.
-        is_here: returns whether a launch was on this boot of this host.
-        on_taken: called after each takeover, which may have queued runs here.
+        recovery: the template for the recovery of each takeover, which sets `dead`.
+        engines: returns the names of the engines configured on this instance.
+        is_here: returns whether a launch was made on this host during this boot.
+        on_taken: called after each takeover, which may have queued runs of this instance.
     """
 
     storage: Storage
@@ -77,7 +77,7 @@ class TakeoverLoop:
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop, and interrupt a takeover that is under way. A later search continues it.
+        """Stop the searches. Interrupt a takeover that is under way; a later search continues it.
 
         A search is cancelled at once, because the database may not answer.
         """
@@ -90,8 +90,8 @@ class TakeoverLoop:
     async def search(self) -> None:
         """Take over every dead instance. A failed takeover does not delay the others.
 
-        Afterwards take what peers have recorded meanwhile for the webhooks of dead instances. A
-        failure of this step delays no takeover.
+        Afterwards take the webhook deliveries that peers have recorded for dead instances
+        meanwhile. A failure of this step delays no takeover.
 
         Raises:
             Fenced: a newer epoch of this service has started.
@@ -105,7 +105,7 @@ class TakeoverLoop:
                 return
             except Fenced:
                 raise
-            except Exception as error:  # the next search tries this takeover again
+            except Exception as error:  # the next search repeats this takeover
                 self.meters.takeovers.add("failed")
                 log.error(  # noqa: TRY400 - an outage needs no traceback
                     "takeover.failed",
@@ -143,7 +143,7 @@ class TakeoverLoop:
         log.info("takeover.completed", recovered_instance=name, runs=report.runs_scanned)
 
     async def _decide(self, work: Callable[[Database], R]) -> R:
-        """Run work that checks `_is_stopping`. `stop` waits for it instead of cancelling it."""
+        """Run work that checks `_is_stopping`. `stop` does not cancel it, but waits for it."""
         self._is_deciding = True
         try:
             return await self.storage.run_exclusive(work)
@@ -151,7 +151,7 @@ class TakeoverLoop:
             self._is_deciding = False
 
     async def _can_decide(self, name: str) -> bool:
-        """Return whether this service has the engines, and knows every stored word, of the runs."""
+        """Return whether this service has the engines of the runs, and knows every stored value."""
         missing = await self.storage.read(takeover.engines_of, name) - set(self.engines())
         is_newer = await self.storage.read(has_newer_words, name)
         if not missing and not is_newer:
@@ -170,7 +170,7 @@ class TakeoverLoop:
     def _recover(self, db: Database, taken: Takeover) -> Reconciliation:
         """Take the webhook deliveries of the dead instance, then decide on its runs.
 
-        In this order, a webhook receives the events of each run in sequence.
+        This order makes a webhook receive the events of each run in sequence.
         """
         self._take_deliveries(db, taken.dead.instance)
         dead = DeadInstance(

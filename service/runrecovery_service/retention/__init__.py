@@ -1,1 +1,1 @@
-"""Removes what ended runs leave, when it has reached its age."""
+"""Removes ended runs, or parts of them, that have reached their configured age."""

@@ -1,9 +1,10 @@
 """Removes files of ended runs. It follows no link, and never leaves the data directory.
 
-Files to remove are first renamed into `runs/.removed/<key>-…`, and deleted there afterwards. After
-a crash the next sweep empties the rest. Agents may have left anything: links, deep trees, folders
-without permissions, mounts. A folder is emptied by renaming its folders beside it, so that neither
-the depth of a tree nor a link matters. What the system refuses stays, and is reported.
+Files to remove are first renamed into `runs/.removed/<key>-…`, and later deleted there. After a
+crash the next sweep deletes the rest. Agents may have left links, deep trees, folders without
+permissions, and mounts. To empty a folder, its subfolders are moved up into `.removed`, so that
+neither deep trees nor links cause problems. A file that the system refuses to delete stays, and is
+reported.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(slots=True)
 class Emptied:
-    """The size of the files that were removed for good, and the errors for the rest."""
+    """The result of deleting files.
+
+    Attributes:
+        size: the total bytes of the deleted files.
+        problems: by name in `.removed`: why an entry could not be deleted.
+    """
 
     size: int = 0
     problems: dict[str, str] = field(default_factory=dict)
@@ -42,10 +48,10 @@ class RunFiles:
         self._runs = runs
 
     def remove(self, kind: RetentionKind, key: int) -> None:
-        """Take the files of this kind out of the folder of a run, if it has any.
+        """Move the files of this kind from the folder of a run into `.removed`, if it has any.
 
         Raises:
-            OSError: the system refuses it.
+            OSError: the system refuses the move.
         """
         with self._open() as runs, suppress(FileNotFoundError):
             if kind is RetentionKind.RUNS:
@@ -53,13 +59,13 @@ class RunFiles:
                 return
             try:
                 run = _open_folder(str(key), runs)
-            except NotADirectoryError:  # a link, or a file: not made by the service
+            except NotADirectoryError:  # a link or a file, which the service has not created
                 return
             try:
                 self._remove_part(kind, run, key)
             finally:
                 os.close(run)
-            with suppress(OSError):  # other parts of the run are left in it
+            with suppress(OSError):  # fails while other parts of the run are in it
                 os.rmdir(str(key), dir_fd=runs)
 
     def _remove_part(self, kind: RetentionKind, run: int, key: int) -> None:
@@ -78,12 +84,12 @@ class RunFiles:
                 os.rmdir(attempt, dir_fd=run)
 
     def empty(self, *, should_stop: Callable[[], bool]) -> Emptied:
-        """Delete what was renamed, and return its size. What the system refuses stays."""
+        """Delete everything in `.removed` that the system permits to delete."""
         emptied = Emptied()
         with self._open() as runs:
             removed = _open_removed(runs)
             try:
-                # A folder that is emptied puts its own folders here.
+                # Emptying a folder adds its subfolders here.
                 while names := set(_names(removed)) - emptied.problems.keys():
                     for name in names:
                         if should_stop():
@@ -97,7 +103,7 @@ class RunFiles:
         return emptied
 
     def size(self, kind: RetentionKind, key: int) -> int:
-        """Return the bytes of the files that `remove` would take out of the folder of a run."""
+        """Return the total bytes of the files that `remove` would move out of a run's folder."""
         run = self._runs / str(key)
         if kind is RetentionKind.EVENTS or not _is_folder(run):
             return 0
@@ -110,9 +116,10 @@ class RunFiles:
         )
 
     def run_keys(self) -> list[int]:
-        """Return the keys of all folders of runs. Read them before their rows.
+        """Return the keys of all folders of runs.
 
-        A folder whose name is no key was not made by the service.
+        Read the keys before the rows of the runs. Folders whose name is not a key are ignored,
+        because the service has not created them.
         """
         with self._open() as runs, os.scandir(runs) as entries:
             keys = [
@@ -132,7 +139,7 @@ class RunFiles:
             os.close(runs)
 
     def _move(self, name: str, folder: int, key: int) -> None:
-        """Rename an entry of a folder of a run into `.removed`."""
+        """Move an entry of a run's folder into `.removed`."""
         with self._open() as runs:
             removed = _open_removed(runs)
             try:
@@ -162,12 +169,12 @@ class RunFiles:
 
 
 def _open_removed(runs: int) -> int:
-    """Open `.removed`, which is made if it does not exist."""
+    """Open `.removed`, and create it if it does not exist."""
     with suppress(FileExistsError):
         os.mkdir(REMOVED, 0o700, dir_fd=runs)
     try:
         return os.open(REMOVED, _FOLDER, dir_fd=runs)
-    except NotADirectoryError:  # a link or a file, which the service has not made
+    except NotADirectoryError:  # a link or a file, which the service has not created
         found = f"{REMOVED}.found-{secrets.token_hex(8)}"
         os.rename(REMOVED, found, src_dir_fd=runs, dst_dir_fd=runs)
     os.mkdir(REMOVED, 0o700, dir_fd=runs)
@@ -185,8 +192,8 @@ def _delete_or_rename(name: str, folder: int, removed: int, key: str, emptied: E
 
 def _rename(name: str, folder: int, removed: int, key: str) -> None:
     with suppress(NotADirectoryError):
-        _grant(name, folder)  # a folder that changes its parent must be writable
-    # With the key of the run: what the system does not let the service remove stays here.
+        _grant(name, folder)  # a folder that is moved must be writable
+    # The name has the run's key, because an entry stays here if the system refuses to delete it.
     os.rename(name, f"{key}-{secrets.token_hex(8)}", src_dir_fd=folder, dst_dir_fd=removed)
 
 
@@ -200,19 +207,20 @@ def _open_folder(name: str, parent: int) -> int:
 
 
 def _grant(name: str, folder: int) -> None:
-    """Give the service's user all rights to a folder that belongs to it."""
+    """Give the service's user all permissions on a folder that the user owns."""
     descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
     try:
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         if mode & stat.S_IRWXU != stat.S_IRWXU:
-            # By descriptor, so that no link is followed; `fchmod` refuses one of O_PATH.
+            # By its descriptor, so that no link is followed. `fchmod` refuses descriptors of
+            # O_PATH.
             os.chmod(f"/proc/self/fd/{descriptor}", mode | stat.S_IRWXU)  # noqa: PTH101 - as above
     finally:
         os.close(descriptor)
 
 
 def _freed(found: os.stat_result) -> int:
-    """Return the size of a removed file; 0 while another name of it exists."""
+    """Return the size in bytes of a deleted file; 0 while the file has another hard link."""
     return found.st_size if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 else 0
 
 
@@ -224,5 +232,5 @@ def _is_folder(path: Path) -> bool:
 
 
 def _is_output(path: Path) -> bool:
-    """Return whether a path below the folder of a run is output of one of its attempts."""
+    """Return whether a path below the folder of a run is an output file of an attempt."""
     return len(path.parts) == 2 and is_output_name(path.name)

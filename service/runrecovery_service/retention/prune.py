@@ -1,4 +1,4 @@
-"""Removes at once what retention would remove, or reports what it would remove."""
+"""Does a retention sweep at once for an operator, or previews it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from runrecovery_service.retention.sweep import RetentionSweep
 from runrecovery_service.storage import retention
 
 PRUNE_S: Final = 5.0
-"""How long one call removes; the caller repeats it until nothing is left."""
+"""Time limit of one call. The caller repeats the call until nothing is left to remove."""
 PAGE: Final = 1000
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pruner:
-    """Prunes for operators, beside the sweeps that come by themselves."""
+    """Removes, at the request of an operator, everything that the regular sweeps would remove."""
 
     sweep: RetentionSweep
     _asked: set[asyncio.Task[PruneResult]] = field(default_factory=set, init=False)
 
     async def prune(self, *, dry_run: bool) -> PruneResult:
-        """Return the counts of removals within `PRUNE_S`; with `dry_run`, of possible removals now.
+        """Remove for up to `PRUNE_S` seconds, and return counts; with `dry_run` only count.
 
-        A sweep continues if its caller stops waiting.
+        If the caller stops waiting, the sweep continues.
         """
         if dry_run:
             return await self._preview()
@@ -79,7 +79,7 @@ class Pruner:
         )
 
     async def _pages(self, kind: RetentionKind, upto: RunPosition) -> AsyncIterator[list[int]]:
-        """Yield the runs that would be removed, or the others that would lose a part."""
+        """Yield pages of keys: of runs to remove or, for a part, of runs that would lose it."""
         policy, sweep = self.sweep.policy, self.sweep
         ages = {
             RetentionKind.OUTPUTS: policy.outputs,
@@ -107,7 +107,7 @@ class Pruner:
                     now=sweep.clock.now(),
                     limit=PAGE,
                 )
-            else:  # rows that belong to no run
+            else:  # receipts and reports, which have no run
                 return
             if page.last is None:
                 return

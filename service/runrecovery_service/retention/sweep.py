@@ -1,4 +1,4 @@
-"""Removes what has reached its age, in small batches, while the service works."""
+"""Removes runs, parts, receipts and reports that have reached their age, in small batches."""
 
 from __future__ import annotations
 
@@ -38,20 +38,21 @@ R = TypeVar("R")
 
 SWEEP_INTERVAL_S: Final = 60.0
 BATCH: Final = 100
-"""Runs that are found together, and rows without a run that one transaction removes."""
+"""How many runs one query finds, and how many receipts or reports one transaction removes."""
 WRITE_S: Final = 0.02
-"""How long a transaction may remove; every other write on SQLite waits for it."""
+"""Time limit of a transaction that removes rows: on SQLite every other write waits for it."""
 SHARE: Final = 4.0
 """The pause after a batch, as a multiple of the time that the batch took. A batch that waits for
 writes of callers takes long, so a busy store gets long pauses."""
 PAUSE_MOST_S: Final = 5.0
 PAGES: Final = 256
-"""Pages of a SQLite file that stay free, for new rows, and that one transaction gives back."""
+"""How many free pages of a SQLite file are kept for new rows, and how many one transaction returns
+to the file system."""
 GIVE_BACK_S: Final = 15.0
-"""How long a sweep gives pages back, with its pauses: the next sweep must come."""
+"""How long a sweep returns pages, including its pauses, before it leaves the rest to the next."""
 WHOLE_EVERY: Final = 60
-"""Every so many sweeps each part is searched for from the oldest run on: runs that were kept
-may be removable by now. The other sweeps continue after the latest run of the sweep before them."""
+"""Once in so many sweeps, the search for parts begins at the oldest run, because a run that was
+kept may be removable by now. All other sweeps continue where the previous sweep ended."""
 UNKNOWN_SHOWN: Final = 10
 
 PARTS: Final = (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES, RetentionKind.EVENTS)
@@ -59,11 +60,11 @@ PARTS: Final = (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES, RetentionKind.E
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RetentionSweep:
-    """Sweeps until it is stopped. Each start also compares the folders with the store, once.
+    """Sweeps until it is stopped. The first sweep also compares the folders with the store.
 
     Attributes:
-        policy: what is removed; it may be replaced between two sweeps.
-        pause: waits between two batches.
+        policy: the configured ages and limits; a reload may replace it between two sweeps.
+        pause: waits some seconds between two batches.
     """
 
     policy: RetentionPolicy
@@ -96,13 +97,13 @@ class RetentionSweep:
         )
 
     def start(self) -> None:
-        """Start to sweep."""
+        """Start the sweeps."""
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop after the batch that is under way."""
+        """Stop the sweeps, after the batch that is under way."""
         await self._loop.finish()
-        async with self._one_at_a_time:  # also a sweep that an operator asked for
+        async with self._one_at_a_time:  # also waits for a sweep that an operator has requested
             pass
 
     async def _step(self) -> None:
@@ -110,11 +111,11 @@ class RetentionSweep:
             await self.sweep()
 
     async def sweep(self, *, within_s: float = math.inf) -> bool:
-        """Remove once what has reached its age; return False if that was cut short.
+        """Do one sweep; return False if it ended before everything was removed.
 
         Args:
-            within_s: begin no further batch after this time, and do not compare the folders with
-                the store, which takes long.
+            within_s: seconds after which no further batch is begun. With a limit, the folders are
+                not compared with the store, which takes long.
         """
         async with self._one_at_a_time:
             self._rested_at = monotonic()
@@ -169,9 +170,9 @@ class RetentionSweep:
             )
             if found.last is None:
                 return
-            after = found.last  # a run whose files stay must not stop the others
+            after = found.last  # so that a run whose files stay does not stop the search
             marked = await self._mark((RetentionKind.OUTPUTS, RetentionKind.WORKSPACES), found.keys)
-            # Files first: a crash in between leaves rows without files.
+            # Files first, so that a crash leaves rows without files, never files without rows.
             moved = await self._move(RetentionKind.RUNS, marked)
             removed = await self._in_pieces(retention.remove_runs, moved)
             self.totals.removed[RetentionKind.RUNS] += len(removed)
@@ -179,11 +180,11 @@ class RetentionSweep:
             await self._rest()
 
     async def _mark(self, kinds: tuple[RetentionKind, ...], keys: list[int]) -> list[int]:
-        """Record that parts of runs are removed, and return the runs that still permit it."""
+        """Record that parts of runs are removed; return the runs that still permit the removal."""
         return await self._in_pieces(partial(retention.mark_removed, kinds=kinds), keys)
 
     async def _in_pieces(self, write: Callable[..., Progress], keys: list[int]) -> list[int]:
-        """Carry a write out in short transactions, and return the runs that it changed."""
+        """Do a write in several short transactions, and return the keys of the changed runs."""
         changed: list[int] = []
         while keys and not self._must_end:
             progress = await self.storage.write_own(
@@ -196,10 +197,11 @@ class RetentionSweep:
         return changed
 
     async def newest_to_remove(self) -> RunPosition:
-        """Return the position of the newest run that is too old, or one too many."""
+        """Return the position of the newest run to remove, by the limits on age and number."""
         upto = FIRST
         if self.policy.ended_runs is not None:
-            # Before the first key: what ended at that very moment is not older.
+            # Key 0 precedes all keys, because a run that ended exactly at this time is not old
+            # enough.
             upto = RunPosition(to_us(self.before(self.policy.ended_runs)), 0)
         if self.policy.max_ended_runs is not None:
             surplus = await self.storage.read(
@@ -279,18 +281,18 @@ class RetentionSweep:
             await self._rest()
 
     def before(self, age: float) -> datetime:
-        """Return the time before which something has reached an age."""
+        """Return the time that was `age` seconds ago."""
         return self.clock.now() - timedelta(seconds=age)
 
     async def _rest(self) -> None:
-        """Pause for a multiple of the time since the last pause."""
+        """Pause for a multiple of the time since the previous pause."""
         await self.pause(min(PAUSE_MOST_S, (monotonic() - self._rested_at) * SHARE))
         self._rested_at = monotonic()
 
     # -- files ---------------------------------------------------------------------------------
 
     async def _move(self, kind: RetentionKind, keys: list[int]) -> list[int]:
-        """Take files out of their folders; return the runs for which that succeeded."""
+        """Move files of these runs into `.removed`; return the runs for which this succeeded."""
 
         def move() -> tuple[list[int], dict[str, str]]:
             moved, problems = [], {}
@@ -303,7 +305,7 @@ class RetentionSweep:
             return moved, problems
 
         moved, problems = await daemon_threads.run(move)
-        if kind is not RetentionKind.RUNS:  # these are found again: their rows stay
+        if kind is not RetentionKind.RUNS:  # runs are found again, because their rows stay
             left = self._left.setdefault(kind, set())
             left.difference_update(moved)
             left.update(set(keys) - set(moved))  # the next sweep tries again
@@ -320,15 +322,15 @@ class RetentionSweep:
 
     def _report(self, problems: dict[str, str]) -> None:
         for place, reason in problems.items():
-            if place not in self._reported:  # once, not with every sweep
+            if place not in self._reported:  # logged once, not in every sweep
                 self._reported.add(place)
                 self.totals.not_removed += 1
                 log.warning("retention.not_removed", place=f"runs/{place}", reason=reason)
 
     async def _compare_folders(self) -> None:
-        """Remove parts that are marked as gone, and report folders of unknown runs.
+        """Remove the files of parts that are recorded as removed, and log folders of unknown runs.
 
-        Nothing of a run of another instance is touched.
+        Files of other instances' runs are left alone.
         """
         unknown: list[int] = []
         async for keys, stored in self._folders():
@@ -336,7 +338,7 @@ class RetentionSweep:
                 return
             for kind in (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES):
                 marked = [key for key, run in stored.items() if run.own and kind in run.removed]
-                if marked:  # the service died between the mark and the removal
+                if marked:  # the service died between the record and the removal
                     await self._move(kind, marked)
             unknown += [key for key in keys if key not in stored]
             await self._rest()
@@ -345,15 +347,15 @@ class RetentionSweep:
             log.warning("retention.unknown_folders", folders=len(unknown), examples=examples)
 
     async def unknown_folders(self) -> int:
-        """Return how many folders belong to runs that the store does not know.
+        """Return how many folders belong to runs that are not in the store.
 
-        The service never leaves one. It comes from a restored backup or by mistake, and the run
-        may be alive elsewhere, so that only an operator can decide to remove the folder.
+        The service itself never leaves such a folder. It comes from a restored backup or a mistake.
+        Its run may be alive elsewhere, so only an operator can decide to remove it.
         """
         return sum([len(keys) - len(stored) async for keys, stored in self._folders()])
 
     async def _folders(self) -> AsyncIterator[tuple[list[int], dict[int, StoredRun]]]:
-        """Yield keys of folders, with what the store says about them."""
+        """Yield keys of folders, with those of their runs that are in the store."""
         keys = await daemon_threads.run(self.files.run_keys)
         for start in range(0, len(keys), BATCH):
             some = keys[start : start + BATCH]

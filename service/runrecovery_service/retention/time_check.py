@@ -1,7 +1,7 @@
-"""Checks the wall clock before anything is removed by it: a removal cannot be undone.
+"""Checks the wall clock before anything is removed by its time: a removal cannot be undone.
 
-The time is confirmed if it is at most a day after the latest time that was confirmed. A later time
-is confirmed once the service has run for an hour in which nobody has set the clock.
+The time is confirmed if it is at most a day after the latest confirmed time. A time further ahead
+is confirmed only after the service has run for an hour in which the clock was not set.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from runrecovery_service.storage.instances import Owner
 log = structlog.get_logger()
 
 LEAP: Final = timedelta(days=1)
-"""How far the time may be after the latest confirmed one: the service was stopped for so long."""
+"""How far the time may be ahead of the latest confirmed time, as after a stop of the service."""
 WAIT: Final = timedelta(hours=1)
-"""How long a time after a leap must run on: NTP corrects a clock within minutes."""
+"""How long the clock must run after a leap without being set. NTP corrects a clock in minutes."""
 STEP: Final = timedelta(minutes=1)
-"""By how much both clocks may differ in that time."""
+"""How far wall clock and steady clock may diverge in this time."""
 RECORD_EVERY: Final = timedelta(hours=1)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TimeCheck:
-    """Confirms the time of the wall clock."""
+    """Decides whether the time of the wall clock is confirmed."""
 
     storage: Storage
     owner: Owner
@@ -41,7 +41,7 @@ class TimeCheck:
     _leapt: tuple[datetime, SteadyTime] | None = field(default=None, init=False)
 
     async def is_confirmed(self) -> bool:
-        """Return whether the present time is confirmed; log when that changes."""
+        """Return whether the present time is confirmed; log changes of the result."""
         now, steady = self.clock.now(), self.clock.steady()
         if self._confirmed is None:
             known = await self.storage.read(retention.confirmed_time, self.owner)

@@ -1,7 +1,8 @@
 """Takes over the runs and launches of other instance names in a SQLite store.
 
-One service at a time uses a SQLite store, and holds its lock: every service that wrote into the
-store under another name has ended. PostgreSQL is shared, and nothing is adopted there.
+Only one service at a time can lock a SQLite store. The holder of the lock therefore knows that
+every service which used the store under another name has ended. In PostgreSQL, which instances
+share, nothing is adopted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Adopted:
         runs: the number of runs that had not ended.
         launches: the number of launches that were not CLOSED.
 
-    An earlier adoption that was cut off may have renamed more rows.
+    The numbers do not include rows that an earlier, interrupted adoption has renamed.
     """
 
     instance: str
@@ -36,8 +37,8 @@ class Adopted:
 
 ROWS: Final = 5_000
 _UNFINISHED: Final = (LIVE, "recovered_at IS NOT NULL AND recovery_state = 'QUARANTINED'")
-# The ended runs that a start still changes. Other ended runs keep the old instance name, because
-# renaming them would rewrite the whole table.
+# Ended runs in which a start still has something to clear. All other ended runs keep the old
+# instance name, because renaming them would rewrite the whole table.
 _HOLDING: Final = (
     "session_value IS NOT NULL AND status IN ('CANCELED', 'FAILED', 'SUCCEEDED')",
     "wait_due_us IS NOT NULL",
@@ -47,7 +48,7 @@ _HOLDING: Final = (
 
 
 RecordAdopted = Callable[[Database, Sequence[Adopted]], object]
-"""Records what was adopted, in the transaction that completes the adoption."""
+"""Records the adoption, in the transaction that completes it."""
 
 
 def adopt(
@@ -60,16 +61,17 @@ def adopt(
 ) -> Sequence[Adopted]:
     """Make `owner` the owner of all rows of other instances, and delete these instances.
 
-    The next start completes an adoption that is cut off. A deleted instance that is still alive is
-    fenced, because each of its writes requires its own row.
+    If an adoption is interrupted, the next start completes it. A deleted instance that is still
+    alive is fenced, because each of its writes requires its own row.
 
     Args:
-        record: records what was adopted.
-        rows: the most rows of one transaction. Renewals of the lease run between transactions.
+        record: records the adoption; called in the last transaction.
+        rows: the most rows that one transaction changes. Renewals of the lease run between
+            transactions.
 
     Raises:
         Fenced: a newer epoch of this instance has started.
-        RecoveryInterrupted: the service is to stop.
+        RecoveryInterrupted: `stopping` has returned True.
     """
     if db.dialect.kind is not DatabaseKind.SQLITE:
         return ()
@@ -105,7 +107,7 @@ class _Renaming:
     stopping: Callable[[], bool]
 
     def rename_runs(self, other: str) -> int:
-        """Rename an instance's runs, and return the number of those that had not ended."""
+        """Rename an instance's runs, and return how many of them had not ended."""
         # One statement per condition: each can use an index.
         unfinished = sum(self._rename("run", "owner", other, which) for which in _UNFINISHED)
         for which in _HOLDING:
@@ -117,7 +119,7 @@ class _Renaming:
         return self._rename("process_lease", "instance", other, "state <> 'CLOSED'")
 
     def rename_deliveries(self, other: str) -> None:
-        """Rename the deliveries of webhooks that an instance has not made."""
+        """Rename the webhook deliveries that an instance still had to make."""
         self._rename("webhook_delivery", "instance", other, "1 = 1")
 
     def _rename(self, table: str, column: str, other: str, which: str) -> int:

@@ -50,9 +50,9 @@ R = TypeVar("R")
 READER_THREADS: Final = 2
 POSTGRESQL_CONNECTIONS: Final = 8
 STATEMENT_MOST_S: Final = 75.0
-"""The limit for a statement on a PostgreSQL connection of the pool. The server's limit is 60 s."""
+"""Time limit of a statement on a pooled PostgreSQL connection. The server's own limit is 60 s."""
 CLOSE_S: Final = 5.0
-"""How long running use cases may take at a stop. After it they are cut, and get the time again."""
+"""How long a stop waits for running use cases. It then cuts them, and waits this long again."""
 
 log = structlog.get_logger()
 
@@ -61,10 +61,10 @@ class Storage:
     """Runs use cases for the event loop: reads, durable writes, and long exclusive work."""
 
     def __init__(self, db: Database, meters: Meters | None = None) -> None:
-        """Start the threads. `hear_peers` follows, once the instance is known.
+        """Start the threads. Call `hear_peers` later, once the instance is known.
 
         Args:
-            meters: get the times and errors of the store; None: nobody reads them.
+            meters: count the times and errors of the store; None: nothing is counted.
         """
         self._db = db
         self._meters = meters
@@ -72,7 +72,7 @@ class Storage:
         self._writer: GroupCommitWriter | None = None
         self._reserved: ReservedConnection | None = None
         self._replacement: ReservedConnection | None = None
-        with ExitStack() as made:  # if the system refuses a thread, the others end
+        with ExitStack() as made:  # ends the other threads if the system refuses one
             self._pool = SteadyThreadPool(
                 READER_THREADS if self._inline else POSTGRESQL_CONNECTIONS,
                 thread_name_prefix="storage",
@@ -86,7 +86,7 @@ class Storage:
             else:
                 self._reserved = ReservedConnection(db.direct or db)
                 made.callback(self._reserved.close)
-                self._reserved.open()  # before other clients take the last connection
+                self._reserved.open()  # first, before other clients take the last connection
             self._trials = ReservedConnection(db, "storage-trial")
             made.pop_all()
         self._under_way: dict[int, tuple[float, object]] = {}
@@ -104,7 +104,7 @@ class Storage:
 
     @property
     def is_shared(self) -> bool:
-        """True when other machines can use the same store: only leases fence them."""
+        """Whether other machines can use the store. If so, only leases keep them apart."""
         return not self._inline
 
     async def read_row(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -168,8 +168,8 @@ class Storage:
     async def write_own(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one transaction of the execution itself; return once it is durable.
 
-        Only watchers are woken. The execution need not be: it made the change itself, and it checks
-        or repeats a write that is in doubt.
+        Only watchers are woken. The execution made the change itself, and checks or repeats a write
+        that is in doubt.
         """
         return await self._write(self.changes.wake_watchers, use, *args, **kwargs)
 
@@ -188,7 +188,7 @@ class Storage:
         try:
             with self._timed("write"):
                 result, touched = await asyncio.wrap_future(writing)
-        except asyncio.CancelledError:  # it may be committed even so
+        except asyncio.CancelledError:  # the write may be committed nevertheless
             self._announce_once_done(writing, announce)
             raise
         if self._writer is None and self._meters is not None:
@@ -217,7 +217,7 @@ class Storage:
         writing.add_done_callback(on_done)
 
     async def poll_shared(self) -> None:
-        """Wake the watchers of what other instances have changed in a shared store."""
+        """Look for changes by other instances in a shared store, and wake their watchers."""
         self._db.queue_counts.clear()
         if keys := self.changes.runs_watched:
             counts = await self.read(event_counts, keys)
@@ -238,7 +238,7 @@ class Storage:
                 return await asyncio.wrap_future(
                     reserved.submit(lambda db: use(db, *args, **kwargs))
                 )
-        except asyncio.CancelledError:  # too slow: the network may drop packets
+        except asyncio.CancelledError:  # the caller's time limit: the network may drop packets
             if self._replacement is None:
                 self._replacement = ReservedConnection(self._db.direct or self._db)
                 self._replacement.open()
@@ -247,8 +247,8 @@ class Storage:
     def _replaced(self, reserved: ReservedConnection) -> ReservedConnection:
         """Return the replacement of the lease's connection once it is connected.
 
-        Until then the old connection stays: it may only be slow, and another client may take its
-        place at the server.
+        Until then the old connection stays open: it may only be slow, and after a close another
+        client could take the last connection of the server.
         """
         replacement = self._replacement
         if replacement is None or (is_connected := replacement.is_connected) is None:
@@ -262,7 +262,7 @@ class Storage:
         return replacement
 
     async def run_trial(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a trial on a thread of its own. It does not queue behind callers."""
+        """Run a trial on a thread of its own, so that it does not queue behind callers."""
         try:
             return await asyncio.wrap_future(
                 self._trials.submit(lambda db: use(db, *args, **kwargs))
@@ -288,16 +288,17 @@ class Storage:
         self._db.demand_in_place()
 
     def abandon(self) -> None:
-        """Fail every use of a PostgreSQL database, now and later.
+        """Make every use of a PostgreSQL database fail, present and later ones.
 
-        From here on nothing may be written, and no caller waits for a network that is silent.
+        Afterwards nothing can be written, and no caller waits for a silent network.
         """
         self._db.abandon()
 
     def close(self, within_s: float = CLOSE_S) -> None:
         """Finish the submitted use cases and close every connection but the main thread's.
 
-        Use cases that exceed `within_s` are cut. A use case that still hangs is abandoned.
+        A use case that exceeds `within_s` seconds has its connection cut. A use case that still
+        hangs is abandoned.
         """
         if self._writer is not None:
             self._writer.close(within_s)

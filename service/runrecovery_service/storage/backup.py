@@ -25,26 +25,27 @@ from runrecovery_service.storage.sqlite_header import check_header
 log = structlog.get_logger()
 
 _COMPANIONS: Final = ("-wal", "-shm", "-journal")
-"""The suffixes of the files that SQLite keeps beside a database file."""
+"""The suffixes of the files that SQLite keeps next to a database file."""
 
 
 def backup_sqlite(path: Path, destination: Path) -> dict[str, int]:
-    """Copy a SQLite store and prove the copy. A service may use the store meanwhile.
+    """Copy a SQLite store and check the copy. A service may use the store meanwhile.
 
-    The proof: the copy is sound, has every row, and lacks no commit that was acknowledged before.
+    The check: the copy is not damaged, has every row, and has every commit that was acknowledged
+    before.
 
     Returns:
         The number of runs in the copy, by instance.
 
     Raises:
-        DatabaseRefused: there is no such store, or the copy could not be proved and was removed.
+        DatabaseRefused: there is no such store, or the copy failed the check and was removed.
         BackupRefused: a file with the destination's name exists.
     """
     if not path.exists():
         raise DatabaseRefused(str(path), "does not exist")
     with refusing(str(path)):
         check_header(path)
-        if reason := lost_commits(path):  # checked before any connection, which may change the log
+        if reason := lost_commits(path):  # checked first, because a connection may change the log
             raise DatabaseRefused(str(path), reason)
     _make_backup_file(destination, path)
     try:
@@ -85,7 +86,7 @@ def _copy_and_prove(path: Path, destination: Path) -> dict[tuple[str, str], int]
         contextlib.closing(sqlite3.connect(destination)) as copy,
     ):
         with refusing(str(path)):
-            source.execute("BEGIN")  # one snapshot for the proof and for the copy
+            source.execute("BEGIN")  # one snapshot for the check and for the copy
             if reason := commit_count.describe_loss(acknowledged, source, marker):
                 raise DatabaseRefused(str(path), reason)
             wanted = _row_counts(source)
@@ -122,10 +123,10 @@ def _row_counts(connection: sqlite3.Connection) -> dict[tuple[str, str], int]:
 
 
 def _make_backup_file(destination: Path, path: Path) -> None:
-    """Create the empty file that takes the copy. An existing file, or a dangling link, stays."""
+    """Create the empty file for the copy. Refuse a name that exists, even as a dangling link."""
     companions = [f"{name}{suffix}" for name in (destination, path) for suffix in _COMPANIONS]
     if destination.absolute() in map(Path.absolute, map(Path, companions)):
-        raise BackupRefused(str(destination), "is a name that SQLite uses beside the database")
+        raise BackupRefused(str(destination), "is a name that SQLite uses next to the database")
     for name in (str(destination), *companions[: len(_COMPANIONS)]):
         if os.path.lexists(name):
             raise BackupRefused(name, "exists; a backup overwrites nothing")
@@ -140,11 +141,11 @@ def _make_backup_file(destination: Path, path: Path) -> None:
 
 
 def rescue(db: Database) -> Path | None:
-    """Copy a SQLite store with a removed file, and return the path of the sound copy.
+    """Copy a SQLite store of which a file was removed, and return the path of the copy.
 
-    The copy is what the calling thread's connection still reads; the connection must be older than
-    the loss. Return None when no sound copy can be made. A store with an overwritten file is not
-    copied: its connection reads the damage too, and a sound copy of it may still lack rows.
+    The calling thread's connection, opened before the loss, can still read the removed file. Return
+    None if the copy is damaged or cannot be written. A store with an overwritten file is not
+    copied: the connection reads the damage too, and even an undamaged copy might lack rows.
     """
     if not db.can_be_rescued:
         return None

@@ -1,9 +1,11 @@
-"""The one feed of changes: a commit announces the runs that it has changed. On the event loop only.
+"""The one feed of changes: each commit announces the runs that it has changed.
+
+Use it on the event loop only.
 
 Watchers wait for one run, or for decisions. The execution subscribes to every change. A write whose
-COMMIT answer was lost is announced as in doubt, so that subscribers read the records at once.
-Another process may write to a shared store too: `Storage.poll_shared` asks for that, in one
-query for all watchers.
+COMMIT answer was lost is announced as in doubt, so that subscribers read the records at once. Other
+processes may write to a shared store too: `Storage.poll_shared` queries their changes, in one query
+for all watchers.
 """
 
 from __future__ import annotations
@@ -29,8 +31,7 @@ class Change:
 
     Attributes:
         run_keys: the runs that have changed.
-        in_doubt: a write failed although it may have been committed; it is not known which runs
-            it changed.
+        in_doubt: whether a write failed that may nevertheless be committed. Its runs are unknown.
     """
 
     run_keys: frozenset[int]
@@ -38,7 +39,7 @@ class Change:
 
 
 class Subscription:
-    """Collects every change until it is closed. A context manager, which closes it."""
+    """Collects every change. A context manager, whose end closes the subscription."""
 
     def __init__(self, subscriptions: set[Subscription]) -> None:
         self._subscriptions = subscriptions
@@ -69,7 +70,7 @@ class Subscription:
         return change
 
     def wake(self) -> None:
-        """Make `next` return, although nothing has changed."""
+        """Make `next` return without a change."""
         self._woken.set()
 
     def add(self, run_keys: Collection[int]) -> None:
@@ -99,7 +100,7 @@ class Changes:
 
     @property
     def decisions_watched(self) -> bool:
-        """True while there is a watcher of decisions."""
+        """Whether anyone watches decisions."""
         return bool(self._of_decisions)
 
     @contextmanager
@@ -125,7 +126,7 @@ class Changes:
 
     @contextmanager
     def of_decisions(self, event: asyncio.Event) -> Iterator[None]:
-        """Set the event when there may be new decisions."""
+        """Set the event whenever there may be new decisions."""
         self._of_decisions.add(event)
         try:
             yield
@@ -149,7 +150,7 @@ class Changes:
             subscription.add_doubt()
 
     def wake_watchers(self, run_keys: Collection[int]) -> None:
-        """Wake the watchers of these runs, and no subscriber."""
+        """Wake the watchers of these runs, but no subscriber."""
         for key in run_keys:
             for event in self._by_run.get(key, ()):
                 event.set()
@@ -164,7 +165,7 @@ class Changes:
 
 
 def event_counts(db: Database, run_keys: Collection[int]) -> dict[int, int]:
-    """Return how many events each of these runs has had."""
+    """Return the number of events that each of these runs has had so far."""
     keys = list(run_keys)
     found: dict[int, int] = {}
     for at in range(0, len(keys), KEYS_PER_QUERY):
@@ -185,18 +186,18 @@ def decisions_stamp(db: Database) -> tuple[int, int]:
 
 
 class SharedPoll:
-    """The result of the last poll of a shared store."""
+    """Compares each poll of a shared store with the one before."""
 
     def __init__(self) -> None:
         self._counts: Mapping[int, int] = {}
         self._stamp = (0, 0)
 
     def changed(self, counts: Mapping[int, int]) -> list[int]:
-        """Return the runs that have had events since the last poll, or were not in it."""
+        """Return the runs with new events since the last poll, and runs that it did not include."""
         before, self._counts = self._counts, counts
         return [key for key, count in counts.items() if before.get(key) != count]
 
     def has_decided(self, stamp: tuple[int, int]) -> bool:
-        """Return True when the stamp of the decisions is a new one."""
+        """Return whether the stamp of the decisions differs from that of the last poll."""
         before, self._stamp = self._stamp, stamp
         return before != stamp

@@ -1,9 +1,9 @@
 """Counts the commits of a SQLite store twice, so that a start notices missing commits.
 
-When its log was removed, SQLite opens a database without the commits of the log, and reports no
-error. Every transaction that changes a row therefore increments a counter in the store. After the
-commit and before the acknowledgement, the counter is written into a file beside the store. After a
-crash the file may be behind the store, but never ahead.
+If the log of a database is removed, SQLite opens the database without the commits in the log, and
+reports no error. Every transaction that changes a row therefore increments a counter in the store.
+After the commit and before the acknowledgement, the counter is written into a marker file next to
+the store. After a crash the file may be behind the store, but never ahead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COUNT: Final = re.compile(rb"Commits acknowledged: (\d{20})\n")
 
 
 class CommitMarker:
-    """The file beside a SQLite store, with the number of acknowledged commits."""
+    """The marker file next to a SQLite store, with the number of acknowledged commits."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,14 +39,14 @@ class CommitMarker:
         return None if found is None else int(found.group(1))
 
     def first_text(self, commits: int) -> bytes:
-        """Return the content of a new file."""
+        """Return the content of a new marker file."""
         return (MARKER_TEXT + _LINE.format(commits)).encode()
 
     def write(self, commits: int) -> None:
-        """Write the number, unless the file has a later one.
+        """Write the number, unless the file has a higher one.
 
         The file is not synced, because it may be behind the store. An error is ignored: the commit
-        is durable, and only a start after a loss notices less.
+        is durable. At worst a later start notices fewer missing commits.
         """
         with self._lock, contextlib.suppress(OSError):
             if commits > self._written:
@@ -59,7 +59,7 @@ class CommitMarker:
 
 
 def stored_count(connection: sqlite3.Connection) -> int | None:
-    """Return the counter of a store; None for a store of an older version."""
+    """Return the store's counter; None if the store is of a version without the counter."""
     known = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'commit_count'"
     if connection.execute(known).fetchone() is None:
         return None
@@ -70,9 +70,11 @@ def stored_count(connection: sqlite3.Connection) -> int | None:
 def describe_loss(
     acknowledged: int | None, connection: sqlite3.Connection, marker: Path
 ) -> str | None:
-    """Return why a store that lacks acknowledged commits is refused, None if it lacks none.
+    """Return how many acknowledged commits a store lacks, as a reason to refuse it; None: no loss.
 
-    Read `acknowledged` before the connection's snapshot begins: a service may be committing.
+    Args:
+        acknowledged: the number in the marker file. Read it before the connection's snapshot
+            begins, because a service may be committing.
     """
     counted = stored_count(connection)
     if acknowledged is None or counted is None or counted >= acknowledged:
@@ -80,5 +82,5 @@ def describe_loss(
     return (
         f"lacks {acknowledged - counted} commits that were acknowledged: its log (-wal) was removed"
         f" or damaged, or an older copy took its place. Put the log, or the newest copy, back."
-        f" To go on without those commits, remove {marker.name}"
+        f" To continue without these commits, remove {marker.name}"
     )

@@ -1,8 +1,8 @@
 """Detects acknowledged commits that PostgreSQL has lost, for example in a failover.
 
-Every transaction begins by reading the end of the server's write-ahead log. On one server, the
-positions that acknowledged transactions have read only rise. If a promoted standby lacks the last
-commits, its timeline begins below the last acknowledged position.
+Every transaction begins by reading the end of the server's write-ahead log. While the server stays
+the same, these positions only rise. If a promoted standby lacks the last commits, its timeline
+begins below the last position of an acknowledged transaction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SERVER_SQL: Final = (
 )
 """Identifies the server, and reads the position of its last checkpoint.
 
-A checkpoint of a timeline is never before the beginning of that timeline.
+The first checkpoint of a timeline is at or after its beginning.
 """
 
 log = structlog.get_logger()
@@ -34,9 +34,9 @@ class LogPosition(NamedTuple):
     """A position in the write-ahead log of a server.
 
     Attributes:
-        timeline: its number. Each promotion of a standby begins a higher one.
+        timeline: the number of the timeline. Each promotion of a standby begins a higher one.
         lsn: the log sequence number, in bytes.
-        at_us: when the log ended here, in microseconds UTC by the database's clock.
+        at_us: the time at which the log ended here, in microseconds UTC by the database's clock.
     """
 
     timeline: int
@@ -64,7 +64,7 @@ def reports_positions(db: Database) -> bool:
 
 
 class CommitHistory:
-    """The highest log position of an acknowledged transaction of this start. Thread-safe."""
+    """The highest log position of this start's acknowledged transactions. Thread-safe."""
 
     def __init__(self, instance: str, lease_ttl_s: float) -> None:
         self._instance = instance
@@ -82,8 +82,8 @@ class CommitHistory:
         """Check at the beginning of a transaction that the server has every acknowledged commit.
 
         Args:
-            before: the value of `acknowledged` from before `position` was read. Other threads may
-                have raised `acknowledged` since.
+            before: the value of `acknowledged`, read before `position`. Other threads may have
+                raised `acknowledged` since.
             position: the end of the log that this transaction has read.
 
         Raises:
@@ -112,7 +112,7 @@ class CommitHistory:
 
     def _lost(self, db: Database, before: LogPosition) -> CommitsLost:
         row = db.fetch_one("SELECT lease_until FROM instance WHERE name = ?", (self._instance,))
-        # Commits from before the last renewal that the server still has are not lost.
+        # The server still has the last renewal in this row, and every commit before the renewal.
         renewed = None if row is None else from_us(row[0]) - self._lease_ttl
         until = from_us(before.at_us)
         return CommitsLost(since=renewed and min(renewed, until), until=until)

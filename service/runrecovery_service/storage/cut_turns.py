@@ -1,4 +1,4 @@
-"""Turns that ended with their service, as a recovery has decided on their runs."""
+"""Turns that ended because the service died, with the decisions of recovery on their runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CUT_TURNS: Final = (
     " e.status_after FROM recovery_event e JOIN run r ON r.id = e.run JOIN process_lease l"
     " ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn"
     " WHERE e.reconciliation = ? AND e.run BETWEEN ? AND ?"
-    # All other runs had no process: their latest turn had ended before.
+    # All other runs had no process: the end of their latest turn is recorded.
     f" AND (e.status_before = '{RunStatus.RUNNING}' OR (e.status_before ="
     f" '{RunStatus.WAITING_USER}' AND e.profile = '{Profile.STICKY_PROCESS}'))"
     " ORDER BY e.run LIMIT ?"
@@ -26,13 +26,13 @@ _CUT_TURNS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutTurn:
-    """A turn whose end no service has recorded.
+    """A turn that ended because the service died.
 
     Attributes:
         cookie: the secret marker of its launch.
-        traceparent: the trace that is stored with the run.
+        traceparent: the W3C `traceparent` of the run; None: the run has no trace.
         rule: the rule that decided on the run.
-        status: of the run since then.
+        status: the status of the run after the decision.
     """
 
     run_id: str
@@ -47,12 +47,12 @@ class CutTurn:
 
     @property
     def has_failed(self) -> bool:
-        """False if the agent had done its work, or if the run was to be cancelled."""
+        """Whether the turn failed: its agent had not finished, and no cancel was accepted."""
         return self.rule not in {RESULT_RULE, QUESTION_RULE} and self.status != RunStatus.CANCELED
 
 
 def cut_turns(db: Database, reconciliation_key: int, batch: Batch, *, limit: int) -> list[CutTurn]:
-    """Return the turns of a batch that a reconciliation decided, `limit` at most."""
+    """Return at most `limit` cut turns of runs in a batch that a recovery has decided."""
     rows = db.fetch_all(_CUT_TURNS, (reconciliation_key, batch.first, batch.last, limit))
     return [
         CutTurn(

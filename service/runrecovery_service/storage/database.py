@@ -25,16 +25,16 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind, SqlDialect
 FILES_LOST: Final = (
     "a file of the database was removed, replaced or overwritten; the service is stopping"
 )
-FILES_UNSEEN: Final = "the system does not say whether the files of the database are in place"
+FILES_UNSEEN: Final = "the system does not report whether the files of the database exist"
 
 T = TypeVar("T")
-Row = tuple[Any, ...]  # the columns of a query; each value is typed where it is decoded
+Row = tuple[Any, ...]  # the columns of a query; each value gets its type where it is decoded
 
 
 class Stale(Exception):
     """Another writer changed the row between this use case's read and its write.
 
-    `use_case.retried` starts the use case again.
+    `use_case.retried` then repeats the use case.
     """
 
 
@@ -46,13 +46,13 @@ class _ChangedRuns(threading.local):
 
 
 class _RolledBack(threading.local):
-    """The number of row changes that the thread has rolled back to a savepoint."""
+    """The number of row changes that the thread has undone by rolling back to a savepoint."""
 
     rows = 0
 
 
 class _ThreadGuard(threading.local):
-    """The extra check for transactions of this thread. `Database.guard` is for all threads."""
+    """An extra check for transactions of this thread, besides `Database.guard` for all threads."""
 
     check: Callable[[Database], object] | None = None
 
@@ -62,11 +62,11 @@ class Database:
 
     Attributes:
         name: names the database in errors: the path of the file, or "the PostgreSQL database".
-        direct: the same PostgreSQL database by a way around a pooler; None: no such way is
-            configured.
-        webhooks: the webhooks whose deliveries are recorded with the events of runs.
-        queue_counts: for each instance how many of its runs were queued when `queue_room.py` last
-            counted them, and the `next_mark` of that moment.
+        direct: the same PostgreSQL database, reached without the connection pooler; None:
+            `database_direct` is not set.
+        webhooks: the configured webhooks. Each event of a run records its deliveries to them.
+        queue_counts: by instance: the number of queued runs at the last count of `queue_room.py`,
+            and the `next_mark` of that moment.
     """
 
     def __init__(
@@ -95,17 +95,17 @@ class Database:
         *,
         acknowledged: Callable[[T], object] | None = None,
     ) -> None:
-        """Begin every later transaction with this check. An error of the check rolls it back.
+        """Begin every later transaction with a check, whose error rolls the transaction back.
 
         Args:
-            acknowledged: gets what the check returned, once a transaction that changed something is
-                committed.
+            acknowledged: called with the result of the check, after the commit of a transaction
+                that has changed something.
         """
         self._guard, self._note_acknowledged = check, acknowledged
 
     @contextlib.contextmanager
     def guarded_by(self, check: Callable[[Database], object]) -> Iterator[None]:
-        """Begin the transactions of the calling thread with this check too, inside the context."""
+        """Inside the context, begin the calling thread's transactions with this check too."""
         self._thread_guard.check = check
         try:
             yield
@@ -113,12 +113,12 @@ class Database:
             self._thread_guard.check = None
 
     def mark_changed(self, run_key: int) -> None:
-        """Record that the calling thread's transaction changes a run; the commit announces it."""
+        """Record that this thread's transaction changes a run, which the commit will announce."""
         self._changed_runs.keys.add(run_key)
         self.next_mark()
 
     def next_mark(self) -> int:
-        """Return a number that rises with each `mark_changed` of any thread, and with each call."""
+        """Return a number that rises with each call, and with each `mark_changed` of any thread."""
         return next(self._marks)
 
     def take_changed_runs(self) -> frozenset[int]:
@@ -139,7 +139,7 @@ class Database:
             self.peewee.demand_primary()
 
     def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
-        """Run SQL that marks its parameters with `?`, and return the driver's cursor."""
+        """Run SQL with `?` for each parameter, and return the driver's cursor."""
         if self.dialect.param != "?":
             sql = sql.replace("?", self.dialect.param)
         return self.peewee.execute_sql(sql, params)
@@ -155,7 +155,7 @@ class Database:
         return rows
 
     def transaction(self) -> contextlib.AbstractContextManager[object]:
-        """Return a transaction that begins with the guard's check; a savepoint inside another."""
+        """Return a transaction that begins with the guard's check; inside another, a savepoint."""
         return self._savepoint() if self.peewee.in_transaction() else self._guarded()
 
     @contextlib.contextmanager
@@ -170,7 +170,8 @@ class Database:
             has_changed = self._changes() != before
             count = self._count_commit() if has_changed and self._commits is not None else None
             if not has_changed and self._rolled_back.rows != rolled_back:
-                # SQLite would write and sync pages that were changed and then changed back.
+                # Nothing has changed in the end, but SQLite would write and sync pages that were
+                # changed and changed back.
                 transaction.rollback()
         self.demand_files()
         if has_changed and checked is not None and self._note_acknowledged is not None:
@@ -188,9 +189,9 @@ class Database:
         self._commits = commits
 
     def _changes(self) -> int:
-        """Return the number of row changes of this thread that were not rolled back.
+        """Return the number of this thread's row changes that were not rolled back.
 
-        0 while the commits of a SQLite store are not counted.
+        The number is 0 unless `count_commits` was called.
         """
         if isinstance(self.peewee, postgresql.PostgreSQL):
             return self.peewee.changed_rows - self._rolled_back.rows
@@ -220,8 +221,8 @@ class Database:
 
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:
-        # One name for all savepoints; they may nest. peewee uses a new name each time: the driver
-        # would prepare a new statement for each, and drop a cached statement of the service.
+        # All savepoints have one name, which may nest. With peewee's new name for each, the driver
+        # would prepare a new statement each time, and drop a cached one of the service.
         self.peewee.execute_sql("SAVEPOINT inner_step")
         before = self._changes()
         try:
@@ -236,12 +237,12 @@ class Database:
     def watch_files(self) -> None:
         """Check the files of a SQLite store before and after every later transaction.
 
-        Without the check, a commit into a removed log would be acknowledged. The calling thread's
-        connection must stay open until all others are closed.
+        Without the check, the service would acknowledge commits into a removed log. The calling
+        thread's connection must stay open until all others are closed.
         """
         if self._file is not None:
-            # After a crash the log's index does not yet say how far the database file is written.
-            # A checkpoint writes that into the index.
+            # After a crash the log's index lacks the position up to which the log was copied into
+            # the database file. A checkpoint writes the position into the index.
             with contextlib.suppress(*DRIVER_ERRORS):
                 self.fetch_all("PRAGMA wal_checkpoint(PASSIVE)")
             self._files, self._watching_thread = StoreFiles(self._file), threading.get_ident()
@@ -251,7 +252,7 @@ class Database:
 
         Raises:
             StoreLost: the error names the file.
-            OSError: the system does not say whether the files are in place.
+            OSError: the system does not report whether the files exist.
         """
         lost = self._files and self._files.lost()
         if lost:
@@ -261,7 +262,7 @@ class Database:
         """Check the files as `demand_in_place` does, but raise an error that callers can get.
 
         Raises:
-            StorageUnavailable: a file is lost, or the system does not say so.
+            StorageUnavailable: a file is lost, or the system does not report whether one is.
         """
         try:
             self.demand_in_place()
@@ -272,14 +273,14 @@ class Database:
 
     @property
     def can_be_rescued(self) -> bool:
-        """True unless a file that the open connections read was overwritten."""
+        """Whether the open connections can still read every row: no file was overwritten."""
         return self._files is None or self._files.can_be_rescued
 
     def decode_leniently(self) -> None:
         """Replace undecodable bytes in text that the calling thread's connection reads.
 
-        Otherwise one column that is not UTF-8 fails a whole query, and the driver's error quotes
-        the column. Lenient decoding is not the default, because it doubles the time of a row.
+        Without this, one value that is not UTF-8 makes the whole query fail, and the driver's error
+        quotes the value. Lenient decoding is not the default, because it doubles the time per row.
         """
         if self.dialect.kind is DatabaseKind.SQLITE:
             self.peewee.connection().text_factory = _lenient_text
@@ -294,8 +295,8 @@ class Database:
     def close(self) -> None:
         """Close the calling thread's connection.
 
-        A store with a lost file stays open: the last connection that is closed would write the
-        lost log into the file that is now at the path.
+        The connection stays open if a file of a SQLite store is lost. The close of the last
+        connection would write the lost log into the file that is now at the path.
         """
         with contextlib.suppress(OSError):
             if self._files is not None and self._files.lost() is not None:
@@ -311,7 +312,7 @@ def _lenient_text(raw: bytes) -> str:
 
 
 def is_undecodable(error: Exception) -> bool:
-    """Return True for a query that failed over text that is not UTF-8.
+    """Return whether a query failed because text in a row is not UTF-8.
 
     See `Database.decode_leniently`.
     """

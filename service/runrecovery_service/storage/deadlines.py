@@ -1,9 +1,9 @@
-"""Deadlines of runs: finds those that have passed, and applies them.
+"""Deadlines of runs: finds passed deadlines, and applies them.
 
 Deadlines are measured on the steady clock of one boot of the machine; see `domain.deadline`. After
-a reboot, or on another machine, a start converts them to the current clock. The conversion uses the
-time that is left by the wall clock. A peer that sets deadlines of a run leaves the clock out; the
-owner converts them once it finds them.
+a reboot, or on another machine, a start converts them to the current clock. The conversion keeps
+the time that is left by the wall clock. A peer that sets a deadline for another instance's run
+cannot know the owner's clock, and leaves it out. The owner converts the deadline when it finds it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WALL: Final = {
 
 DUE_COLUMNS: Final = tuple(_COLUMNS.values())
 """The columns of deadlines. An instance that cannot know the clock of a run's owner writes 0 into
-those that are set, and no `due_clock`; the owner then converts them."""
+each deadline that is to be set, and no `due_clock`. The owner then converts the deadlines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class PassedDeadline:
     """A deadline that has passed.
 
     Attributes:
-        is_of_clock: False: it is of another clock, and must be converted first.
+        is_of_clock: whether it is a time of the current clock. If not, it must be converted first.
     """
 
     run_key: int
@@ -57,7 +57,7 @@ class PassedDeadline:
 
 
 def without_clock(columns: Mapping[str, object]) -> dict[str, object]:
-    """Return the changes that let the owner of a run convert these deadlines to its own clock."""
+    """Return these columns so changed that the run's owner converts the deadlines to its clock."""
     due = {name: 0 for name in DUE_COLUMNS if columns.get(name) is not None}
     return {**due, "due_clock": None}
 
@@ -65,7 +65,7 @@ def without_clock(columns: Mapping[str, object]) -> dict[str, object]:
 def move_to_clock(db: Database, owner: Owner, *, now: datetime, steady: SteadyTime) -> int:
     """Convert deadlines of other clocks to the current clock, and return the number of runs.
 
-    It takes several transactions. A deadline applies only once it is of the current clock.
+    This takes several transactions. A deadline takes effect only after its conversion.
     """
     count = 0
     while keys := _of_another_clock(db, owner, steady):
@@ -80,7 +80,7 @@ def move_to_clock(db: Database, owner: Owner, *, now: datetime, steady: SteadyTi
 def move_range(
     db: Database, owner: Owner, *, first: int, last: int, now: datetime, steady: SteadyTime
 ) -> None:
-    """Convert deadlines of a range of runs to the current clock, in the caller's transaction."""
+    """Convert the deadlines of a range of runs, in the caller's transaction."""
     which, keys = "id BETWEEN ? AND ?", (first, last)
     _move(db, owner, which, keys, now=now, steady=steady)
     _limit_pauses(db, owner, which, keys, steady=steady)
@@ -97,7 +97,7 @@ def _move(
 ) -> int:
     offset_us = steady.us - to_us(now)
     moved = ", ".join(
-        # A deadline without a wall time counts as passed. Otherwise it would never pass.
+        # A deadline without a wall-clock time counts as passed; otherwise it would never pass.
         f"{column} = CASE WHEN {column} IS NOT NULL THEN COALESCE({_WALL[kind]} + ?, 0) END"
         for kind, column in _COLUMNS.items()
     )
@@ -119,7 +119,7 @@ def _move(
 def _limit_pauses(
     db: Database, owner: Owner, which: str, params: tuple[object, ...], *, steady: SteadyTime
 ) -> None:
-    """Shorten pauses that a wall clock has prolonged that was set back."""
+    """Shorten pauses that have become too long because the wall clock was set back."""
     longest_us = steady.us + round(LONGEST_DELAY_S * 1e6)
     db.execute(
         f"UPDATE run SET resume_due_us = ? WHERE owner = ? AND {which} AND resume_due_us > ?",
@@ -150,9 +150,10 @@ _PASSED: Final = " UNION ALL ".join(
 def passed_deadlines(
     db: Database, owner: Owner, *, steady: SteadyTime, limit: int
 ) -> list[PassedDeadline]:
-    """Return the passed deadlines, the oldest first of each kind, at most `limit` of each kind.
+    """Return at most `limit` passed deadlines of each kind, each kind in order of time.
 
-    One that is of another clock may not have passed: `is_of_clock` is False.
+    Deadlines of another clock are included (`is_of_clock` is False), although they may not have
+    passed.
     """
     rows = db.fetch_all(_PASSED, (owner.instance, steady.us, limit) * len(_COLUMNS))
     return [
@@ -165,10 +166,10 @@ def passed_deadlines(
 def end_wait(
     db: Database, run_key: int, *, owner: Owner, now: datetime, steady: SteadyTime
 ) -> Run | None:
-    """Apply the deadline of a wait.
+    """Apply the passed deadline of a wait for a reply.
 
     A run with an automatic decision continues as after a reply. Otherwise the question is closed,
-    so that no reply is accepted, and the run fails when its process has ended.
+    so that no reply is accepted any more. The run fails when its process has ended.
 
     Returns:
         The run. After an automatic decision it is no longer WAITING_USER. None when a reply or a
@@ -186,9 +187,10 @@ def end_wait(
     if run.profile is not Profile.STICKY_PROCESS:
         _disarm(db, run, DueKind.WAIT, owner)
         return None
-    # The deadline stays until the run has ended: the answer to this commit may be lost.
+    # The deadline stays recorded until the run has ended, because the answer to this commit may be
+    # lost.
     if run.pending is not None:
-        runs.change(db, run, owner=owner, now=now)  # a reply that is committed first wins
+        runs.change(db, run, owner=owner, now=now)  # fails if a reply was committed first
         runs.close_questions(db, run)
     return runs.get_by_key(db, run_key)
 
@@ -197,11 +199,11 @@ def end_wait(
 def end_run(
     db: Database, run_key: int, *, owner: Owner, now: datetime, steady: SteadyTime
 ) -> Run | None:
-    """Apply the deadline of a whole run. A run without a process fails at once.
+    """Apply the passed deadline of a whole run. A run without a process fails at once.
 
     Returns:
-        The run. It is not terminal when its process must be killed first. None when the run has
-        ended or was canceled first.
+        The run, which is not yet terminal if its process must be killed first. None if the run had
+            already ended or was canceled before.
     """
     run = runs.get_by_key(db, run_key)
     if not _has_passed(db, run, DueKind.RUN, owner, steady):
@@ -237,7 +239,7 @@ def end_reopening(
 
 
 def end_pauses(db: Database, run_keys: Sequence[int], *, owner: Owner, steady: SteadyTime) -> None:
-    """Let interrupted turns be resumed whose pause has passed."""
+    """Release interrupted runs whose pause has passed, so that they can be resumed."""
     marks = ", ".join("?" for _ in run_keys)
     with db.transaction():
         instances.demand_current(db, owner)
@@ -251,7 +253,7 @@ def end_pauses(db: Database, run_keys: Sequence[int], *, owner: Owner, steady: S
 
 
 def _has_passed(db: Database, run: Run, kind: DueKind, owner: Owner, steady: SteadyTime) -> bool:
-    """Return True if the deadline has passed, in the transaction that applies it."""
+    """Return whether the deadline has passed. Called in the transaction that applies it."""
     column = _COLUMNS[kind]
     row = db.fetch_one(
         f"SELECT 1 FROM run WHERE id = ? AND owner = ? AND due_clock = ? AND {column} <= ?",

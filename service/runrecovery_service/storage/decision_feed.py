@@ -1,9 +1,9 @@
 """The decisions of all recoveries in one order. A reader can resume after any decision.
 
-The order is by report, then by run key; both only grow. A report that is RUNNING blocks the reports
-after it: no decision can be committed before a cursor that was already read. Other instances close
-the report of an instance that is not alive (`reports.close_abandoned`); no decision can be
-committed under a closed report.
+The order is by report, then by run key; within the feed both only grow. The feed ends at the first
+report that is RUNNING; decisions of later reports are not shown yet. A reader therefore never
+misses a decision that is committed later with an earlier position. Other instances close the report
+of a dead instance (`reports.close_abandoned`), and a closed report takes no decisions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DECISIONS_AFTER: Final = (
     f"SELECT e.reconciliation, e.run, r.run_id, r.engine, r.labels, {_DECISION}"
     " FROM recovery_event e JOIN reconciliation c ON c.id = e.reconciliation"
     " JOIN run r ON r.id = e.run"
-    # A reopening has the same position as the decision that it undoes, and is no decision.
+    # A reopening is not a decision. Its row has the same position as the decision that it undoes.
     f" WHERE e.rule <> '{REOPEN_RULE}'"
     " AND (e.reconciliation, e.run) > (?, ?) AND e.reconciliation <= ?"
     " ORDER BY e.reconciliation, e.run LIMIT ?"
@@ -45,8 +45,8 @@ class FeedCursor:
 
     Attributes:
         report, run: the keys of the decision's report and run.
-        stamp: identifies the report, because a restored store gives out its keys again. 0 before
-            the first report.
+        stamp: identifies the report: a store that was restored from a backup uses its keys again. 0
+            before the first report.
     """
 
     report: int
@@ -75,7 +75,12 @@ class FeedDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedPage:
-    """Decisions in order, and the cursor of the last decision that was read."""
+    """Decisions in the feed's order.
+
+    Attributes:
+        upto: the cursor of the last decision that was read, whether or not it matches the filter.
+        more: whether further decisions may follow.
+    """
 
     decided: tuple[FeedDecision, ...]
     upto: FeedCursor
@@ -94,11 +99,11 @@ def end_cursor(db: Database) -> FeedCursor:
 
 
 def demand_valid(db: Database, cursor: FeedCursor) -> None:
-    """Raise if a cursor is not from this store, or is from before the store was restored.
+    """Raise if a cursor is not from this store, or is from before a restore of this store.
 
     Raises:
-        WatchCursorInvalid: no report has had this key, or another report has it.
-        DecisionsPruned: the report was removed; there are later ones.
+        WatchCursorInvalid: this store has no report of the cursor.
+        DecisionsPruned: the report was removed by retention.
     """
     if cursor.report == 0:
         return
@@ -143,7 +148,7 @@ def decisions_after(
 def matches(
     wanted: RecoveredFilter, recovery: RecoveryInfo, *, engine: str, labels: dict[str, str]
 ) -> bool:
-    """Return True when a decision matches the filter."""
+    """Return whether a decision matches the filter."""
     return (
         (not wanted.states or recovery.recovery_state in wanted.states)
         and wanted.reason in {None, recovery.recovery_reason}
@@ -157,7 +162,7 @@ def matches(
 
 
 def _last_readable_report(db: Database) -> int:
-    """Return the key of the first RUNNING report, or of the latest report if none is."""
+    """Return the key of the first RUNNING report; if none is RUNNING, of the latest report."""
     row = db.fetch_one(
         "SELECT COALESCE((SELECT min(id) FROM reconciliation WHERE state = 'RUNNING'),"
         " (SELECT max(id) FROM reconciliation), 0)"

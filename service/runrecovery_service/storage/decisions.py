@@ -37,7 +37,7 @@ HISTORY_LIMIT: Final = 1000
 
 
 def history(db: Database, run_id: str) -> tuple[RecoveryInfo, ...]:
-    """Return the latest 1000 decisions for one run, newest first.
+    """Return the latest decisions for one run, at most `HISTORY_LIMIT`, newest first.
 
     Raises:
         RunNotFound: there is no such run.
@@ -75,7 +75,7 @@ def explain(db: Database, run_id: str, *, limit: int) -> tuple[RecordedDecision,
     canceled = db.fetch_one("SELECT cancel_requested_at FROM run WHERE id = ?", (run.key,))
     launches = _launch_orphans(db, run)
     found = []
-    for row, earlier in zip(rows, [*rows[1:], None], strict=False):  # of no rows: none
+    for row, earlier in zip(rows, [*rows[1:], None], strict=False):  # empty without rows
         *columns, facts, profile, attempt, question, turn, verdict, reason, resumes, report = row
         info = recovery_from_row(tuple(columns))
         if info is None:
@@ -95,7 +95,7 @@ def explain(db: Database, run_id: str, *, limit: int) -> tuple[RecordedDecision,
                 resumes=resumes or 0,
                 max_resumes=run.max_resumes,
                 canceled_at=from_us_or_none(canceled[0]) if canceled else None,
-                # Includes the kills of earlier recoveries that were cut off before they decided.
+                # Includes kills by earlier recoveries that were interrupted before they decided.
                 launches=tuple(launch for by, launch in launches if since < by <= report),
             )
         )
@@ -147,8 +147,9 @@ def recovered_page(
     if after is None:
         return runs.page_of(db, [query], limit, _recovered_key)
     at, key = after
-    # One restart gives many runs the same time. Two queries, because an index seeks to the start of
-    # each; in one query with OR it would read every run of that time.
+    # One restart gives many runs the same time, so the position is the time and the run's key.
+    # There are two queries, because each can start at its position in an index. One query with OR
+    # would read every run of that time.
     rest_of_that_time = query.where(_R.recovered_at == at, _R.id < key)
     return runs.page_of(
         db, [rest_of_that_time, query.where(_R.recovered_at < at)], limit, _recovered_key
@@ -157,7 +158,7 @@ def recovered_page(
 
 def _recovered_key(row: Row) -> tuple[int, ...]:
     run = run_from_row(row)
-    if run.recovery is None:  # its report is gone; the row still needs a position
+    if run.recovery is None:  # its report was removed, but the row still needs a position
         return (0, run.key)
     return (to_us(run.recovery.recovered_at), run.key)
 
@@ -165,13 +166,13 @@ def _recovered_key(row: Row) -> tuple[int, ...]:
 def decisions_of_batch(
     db: Database, reconciliation_key: int, batch: Batch, *, limit: int
 ) -> list[tuple[str, str, str, str]]:
-    """Return (run_id, rule, status before, status after) of decisions in a batch, for the log."""
+    """Return (run_id, rule, status before, status after) of a batch's decisions, for the log."""
     if limit <= 0:
         return []
     return db.fetch_all(
         "SELECT r.run_id, e.rule, e.status_before, e.status_after"
         " FROM run r JOIN recovery_event e ON e.run = r.id AND e.no = r.recovery_count"
-        # `+ 0` selects the index of recovered runs: the range may hold many long-ended runs.
+        # `+ 0` makes the query use the index of recovered runs: the range may have many ended runs.
         " WHERE (r.id + 0) BETWEEN ? AND ? AND e.reconciliation = ? AND r.recovered_at >="
         " (SELECT c.started_at FROM reconciliation c WHERE c.id = ?)"
         " ORDER BY r.recovered_at, r.id LIMIT ?",

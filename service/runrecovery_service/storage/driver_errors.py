@@ -1,7 +1,7 @@
-"""The table from a database driver's errors to the service's errors and remedies.
+"""Maps the errors of database drivers to the service's errors, with a text and a remedy for each.
 
-Callers, the log, `check` and the exit messages use these texts. No text holds a path or a value of
-a row.
+Callers, the log, `check` and the exit messages show these texts. No text contains a path or a value
+from a row.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Fault:
 
     Attributes:
         meaning: the error that a caller gets.
-        what: the problem, as the predicate of "the database".
-        remedy: what an operator can do; empty: only wait.
-        lasts: True if the next start would fail too.
+        what: the problem, as the end of a sentence that begins with "the database".
+        remedy: what an operator can do, as an imperative; empty: only waiting helps.
+        lasts: whether the next start would fail too.
     """
 
     meaning: type[StorageError]
@@ -47,7 +47,11 @@ class Fault:
         return f"the database {self.what}; {self.remedy or 'retry later'}"
 
     def refusal(self, words: str) -> str:
-        """Return why a start is refused, as the text after the database's name."""
+        """Return why a start is refused, as the text after the database's name.
+
+        Args:
+            words: the driver's message.
+        """
         return f"{self.what} ({words})" + (f"; {self.remedy}" if self.remedy else "")
 
 
@@ -69,7 +73,7 @@ _READ_ERROR: Final = Fault(
 _WRITE_ERROR: Final = Fault(
     meaning=StorageUnavailable,
     what="cannot be written to: the system reports an I/O error",
-    remedy="see to the disk, a read-only mount, a quota, or a limit on file sizes (ulimit -f)",
+    remedy="check the disk, read-only mounts, quotas, and the limit on file sizes (ulimit -f)",
     lasts=True,
 )
 _SQLITE: Final[dict[int, Fault]] = {
@@ -104,11 +108,12 @@ _SQLITE: Final[dict[int, Fault]] = {
     sqlite3.SQLITE_CANTOPEN: Fault(
         meaning=StorageUnavailable,
         what="cannot be opened",
-        remedy="its files must be there, and be the service's to read and to write",
+        remedy="its files must exist, and the service's user must be able to read and write them",
         lasts=True,
     ),
 }
-"""The faults of SQLite by extended result code, else by primary code."""
+"""The faults of SQLite. An extended result code without an entry uses the entry of its primary
+code."""
 
 _READ_ONLY: Final = Fault(
     meaning=StorageUnavailable,
@@ -154,25 +159,26 @@ _SQLSTATES: Final[dict[str, Fault]] = {
     "42P01": Fault(
         meaning=StorageUnavailable,
         what="lacks a table of the service",
-        remedy="put it back (see search_path as well), or restore a backup",
+        remedy="restore the table or a backup, and check search_path",
         lasts=True,
     ),
 }
-"""The faults of PostgreSQL by SQLSTATE, else by its first two characters, the class."""
+"""The faults of PostgreSQL. An SQLSTATE without an entry uses the entry of its class, the first two
+characters."""
 
 UNREACHABLE: Final = Fault(
     meaning=StorageUnavailable, what="does not answer, or refuses the connection"
 )
-"""PostgreSQL's driver gives no SQLSTATE when there is no connection."""
-UNREACHABLE_REMEDY: Final = "repair what this names, or start again"
-"""What an operator reads after the driver's message."""
+"""The fault of an error without SQLSTATE: PostgreSQL's driver has none without a connection."""
+UNREACHABLE_REMEDY: Final = "correct the cause named here, or start again"
+"""The hint that follows the driver's message when a start fails."""
 
 
 def fault_of(error: BaseException) -> Fault | None:
-    """Return the database's fault, or None for a defect of the service or of one row.
+    """Return the database's fault; None: the error is a defect of the service or of one row.
 
-    The whole chain of errors is searched. SQLite may have rolled back already; the error of a
-    second rollback then hides the cause.
+    The search includes all causes of the error. After SQLite has rolled back by itself, the
+    service's own rollback fails and hides the cause.
     """
     faults = [fault for link in error_chain(error) if (fault := _fault_of_one(link))]
     # After a lost connection the rollback fails too, with a less specific error.
@@ -180,7 +186,7 @@ def fault_of(error: BaseException) -> Fault | None:
 
 
 def to_domain_error(error: Exception) -> StorageError | None:
-    """Return the domain error for a driver's error, or None for a defect of the service."""
+    """Return the domain error for a driver's error; None: it is a defect of the service."""
     fault = fault_of(error)
     return None if fault is None else fault.meaning(cause=fault.cause)
 
@@ -188,18 +194,18 @@ def to_domain_error(error: Exception) -> StorageError | None:
 def driver_message(error: Exception) -> str:
     """Return the driver's message in one line, without any value of a row."""
     words = [words for link in error_chain(error) if (words := postgresql.words_of(link))]
-    # The first error, because the error of a failed rollback says nothing.
+    # Of the first error: the error of a failed rollback is meaningless.
     words = words or [str(link) for link in error_chain(error) if _fault_of_one(link)]
     return words[-1] if words else str(error)
 
 
 def is_damage(error: BaseException) -> bool:
-    """Return True when SQLite has read a damaged page or file."""
+    """Return whether SQLite has read a damaged page or file."""
     return fault_of(error) is _DAMAGED
 
 
 def is_unstorable(error: BaseException) -> bool:
-    """Return True when a value can never be stored: its text, number or size is impossible."""
+    """Return whether a value can never be stored, because of its text, number or size."""
     return isinstance(error, UnicodeError | OverflowError | pw.DataError)
 
 

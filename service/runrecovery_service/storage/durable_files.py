@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def durably_write(path: Path, data: bytes) -> None:
-    """Write a file and sync the file and its directory."""
+    """Write a file, and sync both the file and its directory."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         os.write(descriptor, data)

@@ -1,9 +1,9 @@
 """The events of runs. An event is written in the transaction of the change that it reports.
 
-The sequence of an event is the run's new `event_count`, so that there is no gap. The creation, 1,
-is derived from the run itself. The decisions of recoveries are in their own table. A run keeps only
-its latest events, so that an endless conversation does not grow without bound. Retention may
-remove those of an ended run.
+The sequence number of an event is the run's new `event_count`, so that there is no gap. Event 1,
+the creation, is derived from the run's row. The decisions of recoveries have a table of their own.
+Only the latest `EVENTS_KEPT` events of a run are kept, so that an endless conversation does not
+grow without bound. Retention may remove the events of an ended run.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def record_event(
     """Record the next event of a run, in the caller's transaction.
 
     Args:
-        run: as read before the change.
-        attempt, error_code: the columns of these names after the change.
-        caller: the caller that caused the event.
+        run: the run as it was before the change.
+        attempt, error_code: the values of these columns after the change.
+        caller: the name of the caller that caused the event; None: no named caller did.
     """
     number = run.event_count + 1
     _ADD.run(
@@ -122,12 +122,12 @@ def record_event(
 def add_to_event(
     db: Database, run: Run, *, usage: Usage | None = None, message: str | None = None
 ) -> None:
-    """Add to the event that was just recorded, in the same transaction.
+    """Add details to the event that was just recorded, in the same transaction.
 
     Args:
-        run: as read before the event was recorded.
-        usage: what the turn that ended has used.
-        message: what the agent reported.
+        run: the run as it was before the event was recorded.
+        usage: the usage of the turn that has ended.
+        message: the text that the agent reported.
     """
     db.execute(
         "UPDATE run_event SET usage = ?, message = ? WHERE run = ? AND no = ?",
@@ -136,7 +136,7 @@ def add_to_event(
 
 
 def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
-    """Return the events of a run after the sequence `after`, up to the version that was read.
+    """Return the events of a run after sequence number `after`, up to the run's version.
 
     Raises:
         WatchHistoryPruned: some of these events were deleted.
@@ -157,14 +157,13 @@ def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
         found.append(_created(run))
     found.sort(key=lambda event: event.sequence)
     if [event.sequence for event in found] != list(range(after + 1, last + 1)):
-        # Retention has deleted events, or an event was deleted between the two queries. Every gap
-        # is reported.
+        # Retention, or the limit on kept events, has deleted events. Every gap is reported.
         raise WatchHistoryPruned(run.run_id, _oldest_without_gap(found, last))
     return tuple(found)
 
 
 def _oldest_without_gap(found: Sequence[RunEvent], last: int) -> int:
-    """Return the first sequence from which on no event is missing up to `last`."""
+    """Return the first sequence number after which no event up to `last` is missing."""
     oldest = last + 1
     for event in reversed(found):
         if event.sequence != oldest - 1:
@@ -195,7 +194,7 @@ def _event_from_row(row: Row) -> RunEvent:
 def _decision_from_row(row: Row) -> RunEvent:
     sequence, attempt, caller, *columns = row
     decision = recovery_from_row(tuple(columns))
-    assert decision is not None  # noqa: S101 - its columns are not NULL, and the join is an inner one
+    assert decision is not None  # noqa: S101 - its columns are not NULL, and the join is inner
     reopened = decision.recovery_reason == REOPEN_RULE
     return RunEvent(
         sequence=sequence,

@@ -1,4 +1,4 @@
-"""Tells whether two paths, or a path and an open file, lead to the same file."""
+"""Identifies files, to compare two paths, or a path and an open file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
-    """Return the device and inode of the file at a path; None without a file."""
+    """Return the device and inode of the file at a path; None if there is no file."""
     try:
-        return identity_of(os.stat(path))  # noqa: PTH116 - a third of the time, at every transaction
+        return identity_of(os.stat(path))  # noqa: PTH116 - three times as fast as `Path.stat`, and called in every transaction
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -38,20 +38,23 @@ class Lock(ABC):
             except OSError:
                 os.close(self._descriptor)
                 raise
-            if self.is_in_place():  # else the file was removed or replaced between the two calls
+            if self.is_in_place():  # else the file was removed or replaced between open and lock
                 return
             os.close(self._descriptor)
 
     @abstractmethod
     def _holder(self) -> str:
-        """Return a text that names the holder of the lock."""
+        """Return a text that names the process which holds the lock."""
 
     def is_in_place(self) -> bool:
-        """Return True while the path still leads to the locked file."""
+        """Return whether the path still leads to the locked file."""
         return identity(self._path) == identity_of(os.fstat(self._descriptor))
 
     def demand_in_place(self) -> None:
-        """Raise DataDirRefused if another service could lock the path now."""
+        """Raise DataDirRefused if the path no longer leads to the locked file.
+
+        Another service could then lock the file at the path.
+        """
         if not self.is_in_place():
             raise DataDirRefused(
                 self._what, f"{self._path} was removed or replaced under the running service"
@@ -69,7 +72,7 @@ class Lock(ABC):
 
 
 class LockFile(Lock):
-    """A lock on a file that exists only for the lock, and names its holder."""
+    """A lock on a file that exists only for the lock. The file's content names the holder."""
 
     def __init__(self, path: Path, what: str, holder: str) -> None:
         """Take the lock and write the holder into the file.
@@ -94,9 +97,9 @@ class LockFile(Lock):
 class DatabaseLock(Lock):
     """A lock on the SQLite file itself, whatever path or hard link leads to it.
 
-    SQLite locks with `fcntl`; a `flock` neither blocks nor releases those locks. But closing *any*
-    descriptor of a file drops all `fcntl` locks of the process on the file. Take this lock before
-    the first connection, and release it after the last.
+    SQLite uses `fcntl` locks. The `flock` of this class neither blocks nor releases them. But
+    closing *any* descriptor of a file drops all `fcntl` locks of the process on the file. Take this
+    lock before the first connection, and release it after the last.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,10 +111,10 @@ class DatabaseLock(Lock):
         super().__init__(path, f"database {path}", create=False)
 
     def _holder(self) -> str:
-        """Return the holder's pid from the kernel's table: the file itself cannot name it.
+        """Return a text with the holder's pid from the kernel's table of locks.
 
-        The holder has other lock files than this process: it uses another path, or its lock files
-        were removed.
+        The content of a database file cannot name the holder. The lock files did not reveal it
+        either: it uses another path to the database, or its lock files were removed.
         """
         holder = "an unknown process"
         found = os.fstat(self._descriptor)
@@ -120,6 +123,6 @@ class DatabaseLock(Lock):
             for line in LOCK_TABLE.read_text().splitlines():
                 words = line.split()
                 if words[1] == "FLOCK" and words[5] == f"{device}:{found.st_ino}":
-                    pid = words[4]  # 0 in another pid namespace
+                    pid = words[4]  # 0 for a process of another pid namespace
                     holder = "a process of another container" if pid == "0" else f"pid {pid}"
         return f"{holder}, through another lock file or path"

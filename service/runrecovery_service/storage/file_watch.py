@@ -1,7 +1,7 @@
-"""Watches the files of a SQLite store: a service must not continue with files that are gone.
+"""Watches the files of a SQLite store, so that a service stops when one is lost.
 
-SQLite does not notice when a file is removed or replaced: open connections keep the old files, and
-new connections use the new files. Nor does SQLite notice when a file is overwritten in place.
+SQLite does not notice when a file is removed or replaced: open connections keep the old file, and
+new connections use the new file. SQLite does not notice either when a file is overwritten in place.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class StoreFiles:
     def __init__(self, path: Path) -> None:
         """Record the files.
 
-        Before this call a SQLite connection must have read from the database. It must stay open:
-        SQLite deletes the log when the last connection is closed.
+        Before this call, a SQLite connection must have read from the database. That connection must
+        stay open: SQLite deletes the log when the last connection is closed.
         """
         self._names = [str(path), f"{path}-wal", f"{path}-shm"]
         self._lost: str | None = None
@@ -45,10 +45,10 @@ class StoreFiles:
         self._identities = [identity_of(os.fstat(one)) for one in self._descriptors]
 
     def lost(self) -> str | None:
-        """Return what happened to a lost file, None if none is lost. A loss is final.
+        """Return a text about the lost file; None if no file is lost. A loss is final.
 
         Raises:
-            OSError: the system does not say, for want of permissions for example.
+            OSError: the files cannot be checked, for example because a permission is missing.
         """
         if self._lost is None:
             self._lost = self._moved() or self._overwritten()
@@ -56,11 +56,11 @@ class StoreFiles:
 
     @property
     def can_be_rescued(self) -> bool:
-        """True unless a file that the open connections read was overwritten."""
+        """Whether the open connections can still read every row: no file was overwritten."""
         return not (self._lost or "").endswith(OVERWRITTEN)
 
     def close(self) -> None:
-        """Close the files, after the last connection."""
+        """Close the files. Call this after the last connection is closed."""
         while self._descriptors:
             os.close(self._descriptors.pop())
 
@@ -100,7 +100,7 @@ class StoreFiles:
 
 
 def _has_frame(log: int, frame: Frame) -> bool:
-    """Return True if the log has the header of this frame's generation, and the frame."""
+    """Return whether the log still has this frame, and the header that belongs to it."""
     if os.fstat(log).st_size < frame.end or os.pread(log, 8, 16) != frame.salt:
         return False
     return frame.is_in(os.pread(log, wal_index.FRAME_HEADER_SIZE, frame.offset))

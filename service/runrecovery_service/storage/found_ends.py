@@ -1,4 +1,4 @@
-"""Turns whose end a recovery may find in the kept output, and the ends that it has found."""
+"""Unfinished turns, and the ends of turns that a recovery finds in the kept output."""
 
 from __future__ import annotations
 
@@ -42,17 +42,18 @@ LAST_KEY: Final = (1 << 63) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenTurn:
-    """A turn that is RUNNING on record, and its launch.
+    """The turn of a RUNNING run, and its launch.
 
     Attributes:
         session: the session of the run; its handle is a secret.
-        boot_id: the boot of the machine in which the process was launched.
-        shim: pid and start ticks of its shim.
-        session_timeout_s: how long a question of the run waits; None: the engine's setting.
-        session_usage: what processes of the session had reported as used before this turn.
-        budget: what the run may use.
-        used_before: what the run had used before this turn.
-        reported: what this turn has used, as it was recorded; None: nothing was.
+        boot_id: the boot of the machine during which the process was launched.
+        shim: pid and start time of its shim, the latter in clock ticks since the boot.
+        session_timeout_s: how long a question of the run may wait; None: as the engine's setting
+            says.
+        session_usage: the usage that processes of the session had reported before this turn.
+        budget: the most that the run may use.
+        used_before: the usage of the run before this turn.
+        reported: the recorded usage of this turn; None: none was recorded.
     """
 
     run_key: int
@@ -85,7 +86,10 @@ _TURNS: Final = (
 def open_turns(
     db: Database, scope: RecoveryScope, *, first: int = 0, last: int = LAST_KEY
 ) -> list[OpenTurn]:
-    """Return the turns of runs in scope with keys from `first` to `last`, without canceled runs."""
+    """Return the open turns of runs in scope whose key is from `first` to `last`.
+
+    Runs with a requested cancel are left out.
+    """
     rows = db.fetch_all(
         f"{_TURNS} AND r.status = '{RunStatus.RUNNING}' AND {live('r.')} AND r.owner = ?"
         " AND r.owner_epoch < ? AND r.id BETWEEN ? AND ? AND r.cancel_requested_at IS NULL"
@@ -130,13 +134,13 @@ def _open_turn(row: Row) -> OpenTurn:
 
 
 def facts_sql(found: Mapping[int, FoundEnd]) -> str:
-    """Return an expression for the facts of a run `r` that its kept output has, as bits."""
+    """Return an SQL expression for the bits of the facts that a run `r` has by its kept output."""
     whens = " ".join(f"WHEN {key:d} THEN {end.fact.value}" for key, end in sorted(found.items()))
     return f"CASE r.id {whens} ELSE 0 END" if found else "0"
 
 
 def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
-    """Record the results and questions of runs that a recovery has just decided by them."""
+    """Record the found results and questions of runs that a recovery has just decided."""
     rows = db.fetch_all(
         "SELECT e.run, r.interaction_count FROM recovery_event e JOIN run r ON r.id = e.run"
         " WHERE e.reconciliation = ? AND e.run BETWEEN ? AND ?"
@@ -155,7 +159,7 @@ def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> N
 
 
 def record_counted(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
-    """Record the usage of killed turns, of runs that a recovery has just decided."""
+    """Record the usage of killed turns in the runs that a recovery has just decided."""
     rows = db.fetch_all(
         "SELECT run FROM recovery_event WHERE reconciliation = ? AND run BETWEEN ? AND ?",
         (scope.reconciliation_key, first, last),

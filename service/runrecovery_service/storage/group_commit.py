@@ -1,4 +1,4 @@
-"""Writes to SQLite on one thread, many to a commit: one sync of the disk serves them all."""
+"""Writes to SQLite on one thread. Many writes share one commit, and so one sync of the disk."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = structlog.get_logger()
 
 
 class GroupCommitWriter:
-    """A thread that writes. Queued writes share a commit, each in a savepoint of its own.
+    """The writer thread. Queued writes share a commit, each in its own savepoint.
 
-    A write that fails is rolled back alone. If the shared transaction fails, each of its writes is
-    tried again in a transaction of its own: one bad write cannot fail the others.
+    A write with a domain error is rolled back alone. If the shared transaction fails, each write is
+    tried again in its own transaction, so that one bad write cannot make the others fail.
     """
 
     def __init__(self, db: Database, commit_writes: Histogram | None = None) -> None:
@@ -48,7 +48,11 @@ class GroupCommitWriter:
         return future
 
     def close(self, within_s: float | None = None) -> None:
-        """Finish the queued writes and end the thread. A hanging disk may delay the end."""
+        """Finish the queued writes and end the thread.
+
+        Args:
+            within_s: the longest wait, in seconds, for a disk that may hang; None: no limit.
+        """
         self._waiting.put(None)
         self._thread.join(within_s)
 
@@ -131,12 +135,12 @@ class _Write:
             self.future.set_result(self._result)
 
     def fail(self, error: BaseException) -> None:
-        """Pass an unexpected error to the caller, unless the caller has a result."""
+        """Pass an unexpected error to the caller, unless it already has a result."""
         if not self.future.done():
             self.future.set_exception(error)
 
     def perform(self, db: Database) -> None:
-        """Run the write in a transaction of its own and pass the result to the caller."""
+        """Run the write in its own transaction, and pass the result to the caller."""
         try:
             result = run_use_case(db, self._in_transaction)
         except BaseException as error:  # noqa: BLE001 - the caller gets every error

@@ -17,11 +17,11 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """An instance and its epoch. Every write names them.
+    """An instance and its epoch. Every write checks both.
 
     Attributes:
-        boot_token: identifies the start that claimed the epoch. After a failover that lost the
-            claim, another start can claim the same epoch.
+        boot_token: identifies the start that claimed the epoch. The epoch alone does not: after a
+            failover that lost the claim, another start can claim it again.
     """
 
     instance: str
@@ -34,7 +34,7 @@ class InstanceStart:
     """The identity of one start of the service.
 
     Attributes:
-        lock_id: identifies the locked file of this start across hosts; None: no locked file.
+        lock_id: identifies the file that this start has locked, across hosts; None: no file.
         engines: the names of the configured engines.
         max_running: the number of slots.
         version: the version of the service.
@@ -109,24 +109,24 @@ def _lease_until(db: Database, ttl_s: float) -> str:
 
 
 def claim(db: Database, boot: InstanceStart, *, now: datetime, ttl_s: float = LEASE_TTL_S) -> Owner:
-    """Claim the instance's next epoch, with a lease of `ttl_s`.
+    """Claim the instance's next epoch, with a lease of `ttl_s` seconds.
 
-    SQLite: the epoch is above the epochs of all instances, because the service adopts their runs.
-    A running lease is ignored, because the lock on the file proves that its holder is dead. A clock
-    that was once ahead may have left a lease that ends in years.
+    SQLite: the epoch is above the epochs of all instances, because the service adopts their runs. A
+    lease that has not ended is ignored: the lock on the file proves that its holder is dead. A
+    clock that was once ahead may have left a lease that ends in years.
 
-    PostgreSQL: a running lease is ignored only if its holder held the file that this start has
-    locked, which proves that the holder is dead. Names prove nothing: hosts made from one image
-    share their machine-id.
+    PostgreSQL: a lease that has not ended is ignored only if its holder had locked the same file as
+    this start, which proves that the holder is dead. Equal host names prove nothing: hosts that
+    were made from one image share their machine-id.
 
     Raises:
-        Held: on PostgreSQL, an instance of this name has a running lease.
+        Held: on PostgreSQL, an instance of this name has a lease that has not ended.
     """
     until = _lease_until(db, ttl_s)
     with db.transaction():
         # Checked first: a refused start must not wait for the writers of a living instance.
         _demand_free(db, _registered(db, boot), boot)
-        # Inserted first, so that concurrent starts of a new instance wait here too.
+        # Inserted first, so that concurrent starts of a new instance wait here for each other.
         db.execute(
             "INSERT INTO instance_epoch (name, epoch) VALUES (?, 0) ON CONFLICT (name) DO NOTHING",
             (boot.instance,),
@@ -169,7 +169,7 @@ def _columns(boot: InstanceStart, epoch: int, now: datetime) -> dict[str, object
         "engines": to_json([*sorted(boot.engines)]),
         "max_running": boot.max_running,
         "version": boot.version,
-        # These columns were about the previous epoch.
+        # These columns still describe the previous epoch.
         "stopped_at": None,
         "taken_over_by": None,
         "taken_over_at": None,
@@ -179,7 +179,7 @@ def _columns(boot: InstanceStart, epoch: int, now: datetime) -> dict[str, object
 
 
 def _registered(db: Database, boot: InstanceStart, lock: str = "") -> Row | None:
-    """Return the instance's epoch, host, directory, pid and lock, and whether its lease runs."""
+    """Return the instance's epoch, host, directory, pid, lock, and whether its lease is current."""
     return db.fetch_one(
         "SELECT epoch, host_id, data_dir, pid, lock_id,"
         f" CASE WHEN lease_until > {db.dialect.now_us} THEN 1 ELSE 0 END"
@@ -214,9 +214,9 @@ def renew(
     """Renew the lease until `ttl_s` from now, and return its end in microseconds.
 
     Args:
-        engines: the names of the engines that are configured now: a reload may have changed them.
-        acknowledged_us: the result of the last acknowledged renewal. The store must still have
-            this renewal. 0: do not check.
+        engines: the names of the engines configured now, which a reload may have changed.
+        acknowledged_us: the result of the last acknowledged renewal, which the store must still
+            have. 0: do not check.
 
     Raises:
         Fenced: another start has claimed the instance.
@@ -243,9 +243,9 @@ def renew(
 
 
 def demand_current(db: Database, owner: Owner) -> LogPosition | None:
-    """Keep other starts from claiming the instance until the caller's transaction ends.
+    """Check the owner, and let no other start claim the instance before the transaction ends.
 
-    The lease is in another row, and can be renewed meanwhile.
+    The lease is in another row, so it can be renewed meanwhile.
 
     Returns:
         The end of the write-ahead log; None if the database does not report positions.
@@ -266,7 +266,7 @@ def demand_current(db: Database, owner: Owner) -> LogPosition | None:
 
 
 def _fence(db: Database, owner: Owner) -> Fenced:
-    """Return the error for an owner that is not the current owner."""
+    """Return the error for an owner that is no longer current."""
     row = db.fetch_one(
         "SELECT epoch, boot_token FROM instance_epoch WHERE name = ?", (owner.instance,)
     )
@@ -277,7 +277,7 @@ def _fence(db: Database, owner: Owner) -> Fenced:
 
 
 def announce_stop(db: Database, owner: Owner) -> None:
-    """Record that a planned stop is under way, so that peers hand no runs over to this instance."""
+    """Record that a planned stop is under way, so that peers hand over no runs to this instance."""
     with db.transaction():
         db.execute(
             f"UPDATE instance SET stopped_at = {db.dialect.now_us}"

@@ -1,4 +1,4 @@
-"""The full check of a SQLite file that no service needs to have open."""
+"""The full check of a SQLite file. The service need not run."""
 
 from __future__ import annotations
 

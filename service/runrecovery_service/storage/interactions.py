@@ -63,14 +63,16 @@ def reply(
 ) -> Run:
     """Accept the reply to the open question. An accepted reply is never lost.
 
-    A resumable run becomes QUEUED for its next turn. A sticky run becomes RUNNING. A reply that is
-    already recorded returns the run unchanged, and is announced again: the turn may have missed it.
-    On PostgreSQL the run may be another instance's, which passes the reply to the agent.
+    A resumable run becomes QUEUED for its next turn. A sticky run becomes RUNNING. If the same
+    reply is already recorded, the run is returned unchanged, and the reply is announced again,
+    because the turn may have missed it. On PostgreSQL the run may belong to another instance, which
+    then passes the reply to the agent.
 
     Raises:
         RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,
         RequestIdReused.
-        InvalidFields: the response does not answer the permission question that is open.
+        InvalidFields: the open question asks for a permission, and the response says neither yes
+            nor no.
     """
     earlier = requests.find_effect(db, receipt)
     if earlier is not None:
@@ -88,7 +90,7 @@ def reply(
 
 
 def _is_already_answered(db: Database, run: Run, interaction_id: int, response: JsonValue) -> bool:
-    """Return True if this reply was accepted before. Raise if another one was."""
+    """Return whether this reply was accepted before. Raise if another reply was."""
     asked = find(db, run.key, interaction_id)
     if asked is None or asked.replied_at is None:
         return False
@@ -107,7 +109,7 @@ def _demand_open(run: Run, interaction_id: int) -> None:
 
 
 def _demand_answer(run: Run, response: JsonValue) -> None:
-    """Refuse a response to a permission question that says neither yes nor no."""
+    """Raise InvalidFields if the response to a permission question is neither yes nor no."""
     asks = run.pending is not None and run.pending.tool_call is not None
     if asks and parse_answer(response) is None:
         raise InvalidFields((FieldViolation("response", FORMS),))
@@ -127,8 +129,8 @@ def accept(
     """Record the reply to the open question of a waiting run, in the caller's transaction.
 
     Args:
-        auto_decided: the deadline has passed, and the service replies itself.
-        caller: the caller that replies; None: it has no name.
+        auto_decided: whether the service itself replies, because the deadline has passed.
+        caller: the name of the replying caller; None: it has no name.
         by_caller: see `runs.change`.
     """
     resumable = run.profile is Profile.RESUMABLE

@@ -1,4 +1,4 @@
-"""The interruption of a turn in the row of its run: recorded, read for the next turn, forgotten."""
+"""Interruptions of turns. The row of a run has its interruption until the next turn."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from runrecovery_service.storage.rows import enum_from_text, from_us, to_us
 NONE: Final[Mapping[str, object]] = {
     "interrupted_at": None, "interrupted_by": None, "resume_count": 0
 }  # fmt: skip
-"""The columns of a turn that no interruption came before."""
+"""The column values of a run without an interruption."""
 
 
 def columns(
     run: Run, cause: InterruptionCause, *, due_in: Callable[[float], Due], now: datetime
 ) -> dict[str, object]:
-    """Return the columns of a turn that was interrupted now and is to be resumed."""
+    """Return the changed columns of a run whose turn was just interrupted and will be resumed."""
     changes: dict[str, object] = {"interrupted_at": to_us(now), "interrupted_by": cause.value}
     if delay_s := resume_delay_s(run.resume_count):
         due = due_in(delay_s)
@@ -39,22 +39,22 @@ def columns(
 
 
 def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
-    """Record the interruption of the runs of a batch that a recovery has just decided to resume.
+    """Record interruptions for the runs of a batch that a recovery has just decided to resume.
 
-    A run that was QUEUED already keeps the interruption that it waits for. If the run's deadlines
-    are of another clock, its `due_clock` is cleared: the recovery then converts all of its
-    deadlines together.
+    A run that was already QUEUED keeps its earlier interruption. If the run's deadlines are of
+    another clock, its `due_clock` is cleared: the recovery then converts all of its deadlines
+    together.
     """
     delay_us = _resume_delay_us_sql()
     db.execute(
         f"UPDATE run SET interrupted_at = ?, interrupted_by = '{InterruptionCause.RESTART}',"
         f" resume_at = CASE WHEN {delay_us} > 0 THEN {delay_us} + ? END,"
         f" resume_due_us = CASE WHEN {delay_us} > 0 THEN {delay_us} + ? END,"
-        # An empty clock is none, so that the deadlines are converted by the wall clock.
+        # An empty `due_clock` makes the recovery convert the deadlines by the wall clock.
         " due_clock = CASE WHEN COALESCE(due_clock, ?) = ? THEN ? ELSE '' END"
         " WHERE id IN (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ?"
         f" AND e.run BETWEEN ? AND ? AND e.rule IN ('{RESUMED_RULE}', '{QUEUED_FOR_HOST_RULE}')"
-        # With a reply the next turn is no resumed one.
+        # With a reply, the next turn answers a question instead of resuming the interrupted turn.
         f" AND (e.facts & {Fact.REPLY.value}) = 0"
         f" AND e.status_before = '{RunStatus.RUNNING}')",
         (
@@ -70,18 +70,18 @@ def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> N
 
 
 def _resume_delay_us_sql() -> str:
-    """Return `resume_delay_s(resume_count)` in microseconds as an expression."""
+    """Return an SQL expression for `resume_delay_s(resume_count)`, in microseconds."""
     delays, longest = [], 0
     while resume_delay_s(longest) < LONGEST_DELAY_S:
         delays.append(f"WHEN {longest} THEN {round(resume_delay_s(longest) * 1e6)}")
         longest += 1
     longest_us = round(LONGEST_DELAY_S * 1e6)
-    # PostgreSQL: the sum with a time since the boot must not be of 32 bits.
+    # For PostgreSQL: the sum with a time since the boot does not fit into 32 bits.
     return f"CAST(CASE resume_count {' '.join(delays)} ELSE {longest_us} END AS BIGINT)"
 
 
 def pending(db: Database, run: Run, last: Interaction | None) -> Interruption | None:
-    """Return the interruption after which the queued run is resumed, or None.
+    """Return the interruption from which the queued run will resume; None: there is none.
 
     Args:
         last: the run's latest question.
@@ -97,7 +97,7 @@ def pending(db: Database, run: Run, last: Interaction | None) -> Interruption | 
     received = (
         last is not None
         and last.state is InteractionState.DELIVERED
-        and last.interaction_id > questions_before  # otherwise of an earlier attempt
+        and last.interaction_id > questions_before  # else it is of an earlier attempt
     )
     return Interruption(
         at=from_us(at),
@@ -108,7 +108,7 @@ def pending(db: Database, run: Run, last: Interaction | None) -> Interruption | 
 
 
 def count_resume(db: Database, run_key: int) -> None:
-    """Count a resume, in the transaction that records the start of its agent."""
+    """Increment the run's count of resumes, in the transaction that records the agent's start."""
     db.execute(
         "UPDATE run SET resume_count = resume_count + 1"
         " WHERE id = ? AND interrupted_at IS NOT NULL",

@@ -1,4 +1,4 @@
-"""Restricts a query for runs to those that have given labels."""
+"""Restricts a query to runs with given labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 _R = tables.Run
 RARE_LABEL_RUNS: Final = 2000
-"""A label that fewer runs have is rare: a query that begins with its runs is the fastest."""
+"""A label with fewer runs is rare. A query is fastest if it begins with the runs of a rare
+label."""
 
 
 def filter_by_labels(
@@ -26,18 +27,18 @@ def filter_by_labels(
     """Restrict a query to runs that have all of these labels.
 
     Args:
-        by_run: the query is ordered by the run's key, which is also the order of a label's rows.
+        by_run: whether the query is ordered by the run's key, as the rows of a label are.
 
     Returns:
-        The query, and the column with the run's key by which the query is read fastest.
+        The query, and the column of the run's key to order the query by.
     """
     rarest_first = sorted(labels.items(), key=lambda label: _count_labelled(db, *label))
     key: Any = _R.id  # Any: an alias of a model has no type of its own
     for number, (name, value) in enumerate(rarest_first):
         label = tables.RunLabel.alias()
         has_label = (label.run == _R.id) & (label.key == name) & (label.value == value)
-        # A label with few runs is the fastest start. For a label with many runs, SQLite would sort
-        # all of them for each page; reading in the page's order meets enough of them soon.
+        # Beginning with a label of few runs is fastest. With a label of many runs, SQLite would
+        # sort all of them for each page. Reading in the page's order soon finds enough of them.
         leads = number == 0 and (by_run or _count_labelled(db, name, value) < RARE_LABEL_RUNS)
         if leads or db.dialect.kind is not DatabaseKind.SQLITE:
             query = query.join_from(_R, label, on=has_label)
@@ -48,7 +49,7 @@ def filter_by_labels(
 
 
 def _count_labelled(db: Database, name: str, value: str) -> int:
-    """Return how many runs have a label, counted up to RARE_LABEL_RUNS."""
+    """Return how many runs have a label; the count stops at RARE_LABEL_RUNS."""
     row = db.fetch_one(
         "SELECT count(*) FROM (SELECT 1 FROM run_label WHERE key = ? AND value = ? LIMIT ?) AS few",
         (name, value, RARE_LABEL_RUNS),

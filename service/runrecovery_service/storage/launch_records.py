@@ -1,8 +1,14 @@
 """Launch records: one row per launch, written before the process is spawned.
 
-The states: INTENT, the spawn is about to happen. GATED, the shim runs and holds the agent back.
-RUNNING, the agent may run. CLOSED, no process of the launch is left. KILL_PENDING, the turn is
-over, but a process could not be killed. Each state is committed before the process can act on it.
+The states of a launch:
+
+- INTENT: the shim may have been spawned.
+- GATED: the shim runs and holds the agent back.
+- RUNNING: the agent may run.
+- CLOSED: no process of the launch is left.
+- KILL_PENDING: the turn is over, but a process could not be killed.
+
+INTENT, GATED and RUNNING are committed before the step that they permit.
 """
 
 from __future__ import annotations
@@ -23,12 +29,12 @@ from runrecovery_service.storage.rows import from_us, json_value, to_json, to_us
 
 CLOSED_PER_COMMIT: Final = 1000
 ORPHANS_KEPT: Final = 100
-"""How many killed processes of one launch are recorded. The log names all of them."""
+"""The most killed processes that are recorded for one launch. The log names all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSite:
-    """The place of launches: a boot of a host, and a pid namespace.
+    """Where an instance launches processes: the host and its boot, and the pid namespace.
 
     Attributes:
         watermark_bits: the length of a watermark; 0: watermarks cannot be set here.
@@ -47,10 +53,10 @@ class LaunchRecord:
     """A recorded launch with the markers of its processes.
 
     Attributes:
-        cookie, watermark: markers that are secret.
-        cgroup: the launch's own cgroup; None: no cgroups.
-        pid, start_ticks: the shim's; None until the state GATED.
-        unended: the turn is over, but a process could not be killed yet.
+        cookie, watermark: secret markers of the launch's processes.
+        cgroup: the launch's own cgroup; None: the launch site has no cgroups.
+        pid, start_ticks: identify the shim; None before GATED.
+        unended: whether the state is KILL_PENDING.
     """
 
     key: int
@@ -70,7 +76,7 @@ class LaunchRecord:
 
     @property
     def identity(self) -> tuple[int, str]:
-        """The parameters of `_IDENTITY`. A database that lost commits gives out its keys again."""
+        """The parameters of `_IDENTITY`. The key alone could be reused after lost commits."""
         return self.key, self.cookie
 
 
@@ -79,7 +85,7 @@ _IDENTITY: Final = "id = ? AND cookie = ?"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceUse:
-    """The resources that the agent's own process used: processor time in µs, peak memory in KiB."""
+    """The processor time (µs) and peak memory (KiB) of the agent's own process."""
 
     user_us: int
     system_us: int
@@ -96,9 +102,9 @@ class LaunchEnd:
     """The end of a launch.
 
     Attributes:
-        exit_code, resources: None when no service was running to observe the exit.
-        gone: False while a process could not be killed.
-        orphans: what a recovery did to each process.
+        exit_code, resources: of the agent's own process; None if no service observed its exit.
+        gone: whether no process of the launch is alive.
+        orphans: the processes that a recovery found, and its action on each.
     """
 
     exit_code: int | None
@@ -129,7 +135,8 @@ def record_launch(
 ) -> LaunchRecord:
     """Record a launch before its process is spawned, in the caller's transaction."""
     bits = site.watermark_bits
-    # The highest bit is set: no other user of that limit chooses so large a number.
+    # The highest bit is set, because no other user of the same resource limit chooses so large a
+    # number.
     watermark = secrets.randbits(bits) | 1 << (bits - 1) if bits else None
     cgroup = f"{site.cgroup_parent}/{secrets.token_hex(8)}" if site.cgroup_parent else None
     row = db.fetch_one(
@@ -160,14 +167,14 @@ def record_launch(
 def record_gated(
     db: Database, launch: LaunchRecord, *, owner: Owner, pid: int, start_ticks: int
 ) -> None:
-    """Record the shim, which holds the agent back.
+    """Record the shim of a launch, which still holds the agent back.
 
     Raises:
         Fenced: a newer epoch has started, or has closed the launch record.
     """
     _advance(
         db, launch, "state = 'GATED', pid = ?, start_ticks = ?", (pid, start_ticks),
-        # RUNNING too: the system refused to start the agent, and the launch is repeated.
+        # RUNNING is included for a repeated launch, after the system refused to start the agent.
         owner=owner, among=("INTENT", "GATED", "RUNNING"),
     )  # fmt: skip
 
@@ -198,7 +205,7 @@ def _advance(
 ) -> None:
     """Change a launch record that is in one of the states `among`.
 
-    `among` includes the new state, because a commit whose answer was lost is repeated.
+    `among` includes the new state, because a commit is repeated if its answer was lost.
     """
     marks = ", ".join("?" for _ in among)
     with db.transaction():
@@ -215,14 +222,14 @@ def _advance(
 
 
 def is_recorded(db: Database, launch: LaunchRecord) -> bool:
-    """Return True when this very launch is recorded."""
+    """Return whether this launch is recorded."""
     return (
         db.fetch_one(f"SELECT 1 FROM process_lease WHERE {_IDENTITY}", launch.identity) is not None
     )
 
 
 def is_over(db: Database, launch: LaunchRecord) -> bool:
-    """Return True when the end of this launch is recorded."""
+    """Return whether the end of this launch is recorded."""
     row = db.fetch_one(f"SELECT state FROM process_lease WHERE {_IDENTITY}", launch.identity)
     return row is not None and row[0] in {"CLOSED", "KILL_PENDING"}
 
@@ -260,9 +267,9 @@ def close(
 
 
 def swap_usage(db: Database, launch: LaunchRecord, usage: str | None) -> str | None:
-    """Record what the turn has used so far, and return what was recorded before.
+    """Record the usage of the turn so far, and return the text that was recorded before.
 
-    In the caller's transaction.
+    Runs in the caller's transaction.
     """
     before = db.fetch_one(f"SELECT usage FROM process_lease WHERE {_IDENTITY}", launch.identity)
     db.execute(f"UPDATE process_lease SET usage = ? WHERE {_IDENTITY}", (usage, *launch.identity))
@@ -270,7 +277,7 @@ def swap_usage(db: Database, launch: LaunchRecord, usage: str | None) -> str | N
 
 
 def _orphans_to_json(orphans: tuple[Orphan, ...]) -> str | None:
-    """Return the text that `orphans_from_json` reads; None for no orphans."""
+    """Return orphans as text for `orphans_from_json`; None if there are none."""
     if not orphans:
         return None
     kept = orphans[:ORPHANS_KEPT]
@@ -278,7 +285,7 @@ def _orphans_to_json(orphans: tuple[Orphan, ...]) -> str | None:
 
 
 def orphans_from_json(text: str | None) -> tuple[Orphan, ...]:
-    """Return the actions of a recovery on the processes of a launch; empty for unreadable text."""
+    """Parse the recorded orphans of a launch; unreadable text gives none."""
     stored: Any = json_value(text)
     try:
         return tuple(
@@ -315,7 +322,7 @@ def unclosed_launches(db: Database, owner: Owner, *, before: int) -> list[Launch
 
 
 def take_unended(db: Database, launches: Iterable[LaunchRecord], owner: Owner) -> None:
-    """Make `owner` sweep for the processes of launches that could not all be killed."""
+    """Make `owner` sweep for the living processes of KILL_PENDING launches."""
     with db.transaction():
         for launch in launches:
             db.execute(
@@ -330,7 +337,7 @@ def launches_to_sweep(
 ) -> list[LaunchRecord]:
     """Return the launches that a sweep searches for stragglers.
 
-    They are KILL_PENDING, or were closed within `closed_within_s` seconds.
+    They are KILL_PENDING, or were closed in the last `closed_within_s` seconds.
     """
     since = to_us(now - timedelta(seconds=closed_within_s))
     rows = db.fetch_all(
@@ -344,7 +351,7 @@ def launches_to_sweep(
 def record_late_end(
     db: Database, late: Iterable[tuple[LaunchRecord, LaunchEnd]], *, now: datetime
 ) -> None:
-    """Record the processes that a sweep killed. The recovery that ended the launch stays named."""
+    """Record the processes that a sweep has killed after a launch had ended."""
     with db.transaction():
         for launch, ended in late:
             db.execute(
@@ -358,7 +365,7 @@ def record_late_end(
                     *launch.identity,
                 ),
             )
-            db.mark_changed(launch.run_key)  # it may be free to be launched again
+            db.mark_changed(launch.run_key)  # the run may now be launched again
 
 
 def unended_launches(db: Database, owner: Owner, *, limit: int) -> list[UnendedLaunch]:

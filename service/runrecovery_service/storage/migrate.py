@@ -21,11 +21,12 @@ log = structlog.get_logger()
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 NEW_SQLITE_STORE: Final = MIGRATIONS / "new_sqlite_store.sql"
-"""Makes in an empty SQLite file what the steps make, up to the one that the first line names.
-`make schema` writes it. It keeps a first start from growing slower with each new step."""
+"""SQL that creates all tables in an empty SQLite file at once. Its first line names the last
+migration step that it replaces. Without it, each new step would make a first start slower. `make
+schema` writes the file."""
 COMPATIBLE_SINCE: Final = re.compile(rb'^COMPATIBLE_SINCE: Final = "(\w+)"$', re.MULTILINE)
-"""What a step declares: versions whose last step is this one, or a later one, can work with a store
-that has the step, although they do not know it."""
+"""Matches the line with which a step names an earlier step. Versions that know the named step can
+work with a store that has this step, even if they do not know this step."""
 HISTORY: Final = ("migration_checksum", "schema_migration")
 """The tables that record the applied steps."""
 APPLIED_SQL: Final = (
@@ -45,7 +46,7 @@ def migrate(db: Database) -> list[str]:
     """Apply the missing steps and return their names.
 
     Raises:
-        DatabaseRefused: see `demand_known`.
+        DatabaseRefused: the store does not fit this version; see `demand_known`.
     """
     known = known_migrations()
     applied = demand_known(db, known)
@@ -58,11 +59,11 @@ def migrate(db: Database) -> list[str]:
 
 
 def demand_known(db: Database, known: dict[str, str]) -> dict[str, str]:
-    """Return the name and checksum of every applied step.
+    """Return the name and checksum of every applied step, if they fit this version.
 
     Raises:
-        DatabaseRefused: a newer version used the store, and its steps do not allow this version;
-            a released step was edited since; or the record of a step is lost.
+        DatabaseRefused: a newer version has migrated the store, and its steps exclude this version;
+            or a released step was edited after it was applied; or the record of a step is lost.
     """
     applied = _recorded_migrations(db)
     if reason := describe_misfit(applied, known, has_runs=db.peewee.table_exists("run")):
@@ -73,11 +74,11 @@ def demand_known(db: Database, known: dict[str, str]) -> dict[str, str]:
 def describe_misfit(
     applied: Mapping[str, str], known: Mapping[str, str], *, has_runs: bool
 ) -> str | None:
-    """Return why the applied steps do not fit the known ones, None if they fit.
+    """Return why the applied steps do not fit the known steps; None if they fit.
 
     Args:
-        applied: for each step its checksum and, after a space, what it declares as
-            `COMPATIBLE_SINCE`.
+        applied: by step: its checksum and, after a space, the step that it declares as
+            `COMPATIBLE_SINCE`, if any.
     """
     for name, recorded in applied.items():
         checksum, _, since = recorded.partition(" ")
@@ -86,7 +87,7 @@ def describe_misfit(
                 continue
             return f"was made by a newer version (step {name})"
         if checksum not in {known[name], ""}:
-            return f"step {name} is not what was applied here"
+            return f"step {name} has changed since it was applied here"
     last = max(applied.keys() & known.keys(), default="")
     lost = next((name for name in known if name < last and name not in applied), None)
     if not applied and has_runs:
@@ -102,7 +103,7 @@ def applied_migrations(db: Database) -> list[str]:
 
 
 def is_newer(db: Database) -> bool:
-    """Return True if a newer version has migrated the store, at its start or since."""
+    """Return whether a newer version has migrated the store, before or after this start."""
     known = {file.stem for file in MIGRATIONS.glob("[0-9]*.py")}
     return not _recorded_migrations(db).keys() <= known
 
@@ -131,7 +132,7 @@ def _apply_missing(db: Database, known: dict[str, str]) -> None:
 
 
 def _create_at_once(db: Database, known: Sequence[str]) -> list[str]:
-    """Make the tables of an empty SQLite file, and return the steps that this saves."""
+    """Create all tables in an empty SQLite file, and return the names of the replaced steps."""
     first_line, _, script = NEW_SQLITE_STORE.read_text(encoding="utf-8").partition("\n")
     last = first_line.split()[-1]
     if last not in known:
@@ -154,7 +155,7 @@ def _apply_steps(db: Database) -> list[str]:
 
 @contextlib.contextmanager
 def _migration_lock(db: Database) -> Iterator[None]:
-    """Run all steps and their records in one transaction, one migrating service at a time."""
+    """Open a transaction for all steps, which only one service at a time can have."""
     with db.transaction():
         if db.dialect.kind is DatabaseKind.POSTGRESQL:
             db.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))

@@ -1,7 +1,7 @@
-"""Finds runs with words of a newer version, beside which this version runs.
+"""Finds runs with values that only a newer version knows, while both versions use one database.
 
-To this version such a record looks damaged, and a recovery would quarantine it. So no recovery of
-this version may decide on the runs of an instance that has one.
+To this version, a record with an unknown status or policy looks damaged, and its recovery would
+quarantine the run. So this version does not recover an instance that has one of these runs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _POLICIES = sql_words(tuple(policy.value for policy in RestartPolicy))
 
 
 def has_newer_words(db: Database, instance: str) -> bool:
-    """Return whether a newer version has written an unfinished run of the instance."""
-    if not is_newer(db):  # an unknown word is damage
+    """Return whether an unfinished run of the instance has a value of a newer version."""
+    if not is_newer(db):  # then an unknown value is damage
         return False
     found = db.fetch_one(
         f"SELECT 1 FROM run WHERE {LIVE} AND owner = ?"
@@ -30,12 +30,12 @@ def has_newer_words(db: Database, instance: str) -> bool:
 
 
 def demand_known_words(db: Database, instance: str) -> None:
-    """Refuse to start for an instance whose runs a newer version has written.
+    """Refuse to start for an instance with runs that only a newer version can read.
 
     Raises:
-        DatabaseRefused: see `has_newer_words`.
+        DatabaseRefused: an unfinished run has a value of a newer version.
     """
     with refusing(db.name):
         if has_newer_words(db, instance):
-            reason = f"has runs of instance {instance!r} that a newer version wrote; start that one"
+            reason = f"has runs of instance {instance!r} of a newer version; start that version"
             raise DatabaseRefused(db.name, reason)

@@ -37,12 +37,13 @@ DIRECT_NAME: Final = "the PostgreSQL database of `database_direct`"
 def open_database(url: str, data_dir: Path, *, locks: list[Lock] | None = None) -> Database:
     """Open the store that the configuration names. Create and migrate it as needed.
 
-    The caller holds the locks of the data directory and of the path. The lock of a SQLite file is
-    added to `locks`; the caller releases it after the last connection is closed.
+    The caller already has the locks on the data directory and on the path. The lock on a SQLite
+    file is added to `locks`. The caller releases it after the last connection is closed.
 
     Raises:
         Held: another service uses the SQLite file.
-        DatabaseRefused: the database is empty, foreign, newer, damaged or of too old a version.
+        DatabaseRefused: the database is lost, damaged, of another application or of a newer
+            version, or the database software is too old.
         DatabaseOutOfReach: the database does not answer in time. A later start may succeed.
     """
     path = sqlite_path(url, data_dir)
@@ -68,10 +69,10 @@ def _demand_sound(db: Database) -> None:
 
 
 def open_direct(url: str, db: Database) -> None:
-    """Open another way to the open PostgreSQL database `db`, as its `direct`.
+    """Connect to the PostgreSQL database `db` without a pooler, and set the result as `db.direct`.
 
     Raises:
-        DatabaseRefused: the URL leads to another database, or to an unfit one.
+        DatabaseRefused: the URL leads to another database, or the database is unfit.
         DatabaseOutOfReach: the database does not answer in time. A later start may succeed.
     """
     with refusing(DIRECT_NAME):
@@ -89,7 +90,7 @@ def _store_of(db: Database) -> str | None:
 
 
 def _open_postgresql(url: str, name: str = POSTGRESQL_NAME) -> Database:
-    if postgresql.PSYCOPG is None:  # an extra
+    if postgresql.PSYCOPG is None:  # not installed
         raise DatabaseRefused("postgresql", "needs `pip install runrecovery-service[postgres]`")
     try:
         peewee = postgresql.prepare(url)
@@ -117,7 +118,7 @@ def _check_postgresql(db: Database) -> None:
 
 
 def postgresql_problems(url: str, direct_url: str = "") -> list[str]:
-    """Return why a start on this PostgreSQL database would be refused. Nothing is changed."""
+    """Return each reason to refuse a start on this PostgreSQL database. Nothing is changed."""
     try:
         with refusing(POSTGRESQL_NAME):
             db = _open_postgresql(url)
@@ -132,10 +133,10 @@ def postgresql_problems(url: str, direct_url: str = "") -> list[str]:
 
 
 def postgresql_store_id(url: str) -> str | None:
-    """Return the id of a PostgreSQL store, None if it has none yet. Nothing is changed.
+    """Return the id of a PostgreSQL store; None if the store has none yet. Nothing is changed.
 
     Raises:
-        DatabaseRefused: a start would be refused.
+        DatabaseRefused: a start on this database would be refused.
     """
     with refusing(POSTGRESQL_NAME), contextlib.closing(_open_postgresql(url)) as db:
         return _store_of(db)
@@ -163,13 +164,13 @@ def _open_sqlite(path: Path, locks: list[Lock] | None) -> Database:
 
 
 def _create_sqlite(path: Path) -> None:
-    """Create the file under another name and rename it: a crash leaves no half-made store."""
+    """Create the file under another name and rename it, so that a crash leaves no partial store."""
     new = path.with_name(path.name + ".new")
     for stale in (new, new.with_name(new.name + "-wal"), new.with_name(new.name + "-shm")):
         stale.unlink(missing_ok=True)
     new.touch(mode=0o600)
     with contextlib.closing(sqlite3.connect(new)) as made:
-        # The journal mode writes the first page, after which this would need a VACUUM.
+        # Set before the journal mode, which writes the first page. Later it would need a VACUUM.
         made.execute("PRAGMA auto_vacuum = INCREMENTAL")
         made.execute("PRAGMA journal_mode = WAL")
     db = connect_sqlite(new)

@@ -1,11 +1,11 @@
 """Hints between the instances of one PostgreSQL database, by NOTIFY.
 
-A hint says that a caller has changed a run through an instance that does not own the run. The owner
-then reads the run at once instead of at its next poll. Nothing relies on hints: a hint may be lost
-with its connection, and a pooler may drop it.
+If a caller changes a run through an instance that does not own the run, the instance sends a hint
+to the owner. The owner then reads the run at once, instead of at its next poll. Nothing relies on
+hints: a lost connection loses its hints, and a pooler may drop them.
 
-A background task sends the hints, not the transactions that change runs: PostgreSQL takes a lock of
-the whole server for each commit that notifies.
+A background task sends the hints. The transactions that change runs do not, because PostgreSQL
+takes a server-wide lock for each commit that notifies.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 CHANNEL: Final = "runrecovery"
 KEYS_PER_NOTICE: Final = 300
-"""PostgreSQL refuses a payload of 8000 bytes. A key has at most 19 digits."""
+"""Keeps the payload below the 8000 bytes that PostgreSQL refuses. A key has at most 19 digits."""
 _LOST: Final[tuple[type[Exception], ...]] = (*DRIVER_ERRORS, OSError)
 _UNREADABLE: Final = (ValueError, TypeError, OverflowError, RecursionError)
-"""No JSON, other JSON, a number that is infinite, and lists that are nested too deeply."""
+"""Errors of a payload that is not JSON, has another form, an infinite number, or too many
+levels."""
 
 
 class PeerNotices:
@@ -42,12 +43,12 @@ class PeerNotices:
         self._woken = asyncio.Event()
 
     def announce(self, owner: str, run_key: int) -> None:
-        """Queue a hint for the owner of a run that a caller has changed here."""
+        """Queue a hint that a caller has changed a run of `owner` through this instance."""
         self._due.setdefault(owner, set()).add(run_key)
         self._woken.set()
 
     async def send(self) -> None:
-        """Wait for a hint, and send every queued one."""
+        """Wait until a hint is queued, and send all queued hints."""
         await self._woken.wait()
         self._woken.clear()
         due, self._due = self._due, {}
@@ -60,7 +61,7 @@ class PeerNotices:
         """Announce the runs of every hint for this instance, until the connection is lost.
 
         Raises:
-            StorageUnavailable: the connection was lost, or cannot be made.
+            StorageUnavailable: the connection was lost, or could not be opened.
         """
         peewee = (self._db.direct or self._db).peewee
         if not isinstance(peewee, PostgreSQL):
@@ -68,14 +69,14 @@ class PeerNotices:
         try:
             async with await peewee.connect_async() as connection:
                 await connection.execute(f"LISTEN {CHANNEL}")
-                self._storage.changes.announce_doubt()  # earlier hints were missed
+                self._storage.changes.announce_doubt()  # hints before LISTEN were missed
                 async for notice in connection.notifies():
-                    self._hear(notice.payload)
+                    self._announce_received(notice.payload)
         except _LOST as error:
             raise StorageUnavailable from error
 
-    def _hear(self, payload: str) -> None:
-        """Announce the runs of a hint, whose text is not trusted: any role can send a hint."""
+    def _announce_received(self, payload: str) -> None:
+        """Announce the runs of a received hint. Its text is not trusted: any role can send one."""
         try:
             owner, run_keys = json.loads(payload)
             keys = frozenset(map(int, run_keys))

@@ -12,19 +12,19 @@ from runrecovery_service.storage.rows import from_us, from_us_or_none, json_valu
 from runrecovery_service.storage.tables import LIVE
 
 INSTANCES_MOST: Final = 1_000
-"""The most instances in a list. Former names are never removed; the latest starts come first."""
+"""The most instances in a list. Names that are no longer used are never removed, but come last."""
 
 
 def list_instances(db: Database) -> list[InstanceState]:
-    """Return the instances: those that are alive first, then the latest starts."""
+    """Return living instances first, then the others, the latest start first."""
     runs: defaultdict[str, Counter[RunStatus]] = defaultdict(Counter)
     held: Counter[str] = Counter()
-    # By the index of unfinished runs. Ended runs are not counted: there may be millions.
+    # Reads the index of unfinished runs. Ended runs are not counted: there may be millions.
     for owner, status, profile, count in db.fetch_all(
         "SELECT owner, status, profile, COUNT(*) FROM run"
         f" WHERE {LIVE} GROUP BY owner, status, profile"
     ):
-        if status not in set(RunStatus):  # a damaged word is found by the next restart
+        if status not in set(RunStatus):  # damaged: the next restart finds it
             continue
         runs[owner][RunStatus(status)] += count
         if status == RunStatus.RUNNING or (

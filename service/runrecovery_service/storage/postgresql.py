@@ -1,4 +1,4 @@
-"""PostgreSQL: settings of connections, cutting of connections, and requirements on the server."""
+"""PostgreSQL: settings of connections, requirements on the server, and cutting of connections."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 import peewee as pw
 
 PSYCOPG: Final = getattr(pw, "psycopg", None)
-"""peewee's own import of the extra `postgres`, or None."""
+"""The driver, as peewee has imported it; None if the extra `postgres` is not installed."""
 
 MIN_SERVER_VERSION: Final = 160000
-"""PostgreSQL 16, the first with IS JSON."""
+"""PostgreSQL 16, the first version with IS JSON."""
 
 CONNECTION_SETTINGS: Final = {
     "synchronous_commit": "on",
@@ -29,27 +29,27 @@ CONNECTION_SETTINGS: Final = {
     # Below lock_timeout, so that a takeover gets the locks of a frozen service.
     "idle_in_transaction_session_timeout": "5s",
 }
-"""The settings that every connection sets, over those of the server, the database and the role.
-The values are written as the server shows them."""
+"""Settings that every connection makes, in place of those of the server, the database and the role.
+The values have the form in which the server shows them."""
 
 CONNECTION_PARAMETERS: Final = {
     "client_encoding": "UTF8",
     "target_session_attrs": "read-write",  # never a standby
     "connect_timeout": 5,
-    # A network that drops packets is noticed within some 20 s, even during a statement.
+    # Notices within some 20 s that the network drops packets, even during a statement.
     "tcp_user_timeout": 10_000,
     "keepalives": 1,
     "keepalives_idle": 10,
     "keepalives_interval": 3,
     "keepalives_count": 3,
 }
-"""The parameters with which libpq connects."""
+"""Connection parameters of libpq."""
 
 _REQUIRED_SETTINGS: Final = {
     "server_encoding": "UTF8",
     "client_encoding": "UTF8",
     "integer_datetimes": "on",
-    **CONNECTION_SETTINGS,  # a pooler may drop what the connection sets
+    **CONNECTION_SETTINGS,  # checked, because a pooler may drop them
 }
 _CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 WORDS_MOST: Final = 500
@@ -57,7 +57,7 @@ STANDBY: Final = "the pooler leads to a standby"
 
 
 class Unreadable(Exception):
-    """The URL cannot be parsed. The error does not quote it: it may hold a password."""
+    """The URL cannot be parsed. The error does not quote the URL, which may have a password."""
 
 
 class _ChangedRows(threading.local):
@@ -65,19 +65,20 @@ class _ChangedRows(threading.local):
 
 
 class PostgreSQL(pw.PostgresqlDatabase):
-    """A database that can cut its connections, when they hang in a silent network.
+    """A database that can cut connections which hang because the network is silent.
 
     Attributes:
-        is_pooled: a pooler may replace the server behind an open connection.
+        is_pooled: whether a pooler may replace the server behind an open connection.
     """
 
     is_pooled = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # No lock: state is per thread, and a hanging connect would block every thread.
+        # Replaces peewee's lock. State is per thread, and one hanging connect would block all
+        # threads.
         self._lock = contextlib.nullcontext()
-        # Each connection with the time at which its last statement began.
+        # By connection: the time (`monotonic`) at which its last statement began.
         self._connections: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self._listed = threading.Lock()
         self._is_abandoned = False
@@ -124,11 +125,11 @@ class PostgreSQL(pw.PostgresqlDatabase):
 
     @property
     def changed_rows(self) -> int:
-        """Return how many rows the statements of the calling thread have changed so far."""
+        """Return how many rows the calling thread's statements have changed so far."""
         return self._changed.rows
 
     def last_begun(self, connection: Any) -> float:
-        """Return when (`monotonic`) the last statement of a connection began."""
+        """Return the time, as of `monotonic`, at which a connection's last statement began."""
         with self._listed:
             return self._connections.get(connection, 0.0)
 
@@ -137,7 +138,7 @@ class PostgreSQL(pw.PostgresqlDatabase):
             raise PSYCOPG.OperationalError("the service has abandoned the database")
 
     def abandon(self) -> None:
-        """Cut every connection, and open no new one."""
+        """Cut every connection, and refuse to open new ones."""
         self._is_abandoned = True
         with self._listed:
             connections = list(self._connections)
@@ -146,21 +147,21 @@ class PostgreSQL(pw.PostgresqlDatabase):
 
 
 def is_idle(connection: Any) -> bool:
-    """Return True when a connection is open and in no transaction."""
+    """Return whether a connection is open and not in a transaction."""
     return not connection.closed and int(connection.info.transaction_status) == 0  # IDLE
 
 
 def cut(connection: Any) -> None:
-    """Fail every running statement of a connection at once. Callable from any thread."""
+    """Make a connection's running statement fail at once. Any thread may call this."""
     with (
-        contextlib.suppress(Exception),  # the connection is closed: no statement runs
+        contextlib.suppress(Exception),  # a closed connection runs no statement
         socket.socket(fileno=os.dup(connection.fileno())) as wire,
     ):
         wire.shutdown(socket.SHUT_RDWR)
 
 
 def prepare(url: str) -> PostgreSQL:
-    """Return the database of a URL, not connected yet.
+    """Return the database of a URL, without connecting to it.
 
     Raises:
         Unreadable: the URL cannot be parsed.
@@ -172,7 +173,8 @@ def prepare(url: str) -> PostgreSQL:
         given = conninfo_to_dict(url)
     except ProgrammingError:
         raise Unreadable from None
-    # An unescaped `@`, `:` or `/` of a password leaves the rest of it in the host or the port.
+    # If a password has an unescaped `@`, `:` or `/`, the rest of the password is parsed as host or
+    # port.
     hosts, ports = (str(given.get(name) or "").split(",") for name in ("host", "port"))
     if any("@" in host[1:] for host in hosts) or not all(p.isdigit() for p in ports if p):
         raise Unreadable
@@ -214,23 +216,24 @@ def server_problem(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | No
 
 
 def refused_as_read_only(error: BaseException) -> bool:
-    """Return True when the driver gave a connection up because of `target_session_attrs`.
+    """Return whether the driver refused a connection because the server is read-only.
 
-    The text is the driver's own. It is English, whatever the language of the server is.
+    The text comes from the driver (`target_session_attrs`), and is English in every locale of the
+    server.
     """
     return "session is read-only" in str(error)
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Return True when PostgreSQL has rolled back a transaction that may be retried at once."""
+    """Return whether PostgreSQL has rolled back a transaction that may be retried at once."""
     return getattr(error, "sqlstate", None) in _CONFLICTS
 
 
 def words_of(error: BaseException) -> str | None:
-    """Return the driver's message in one line without any value of a row; None for other errors.
+    """Return the driver's message in one line, without values of rows; None: not a driver's error.
 
-    Parts with values (`DETAIL:`) cannot be found by their labels in the whole text, because the
-    server may answer in another language. So only the primary message is used.
+    Only the primary message is used. Parts with values, such as `DETAIL:`, have labels in the
+    server's language, so they cannot be found and removed.
     """
     if PSYCOPG is None or not isinstance(error, PSYCOPG.Error):
         return None

@@ -1,4 +1,4 @@
-"""The privileges that the service's role needs in PostgreSQL, and which of them it lacks."""
+"""Checks the privileges that the service's role needs in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runrecovery_service.storage.migrate import HISTORY, demand_known, known_mig
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 TABLES: Final = tuple(table._meta.table_name for table in tables.EVERY)  # noqa: SLF001 - peewee has no other way
-"""The tables that the service reads and writes, without the records of the migrations."""
+"""The tables that the service reads and writes, except those that record migrations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class Table:
     """A relation in the service's schema, and the role's privileges on it.
 
     Attributes:
-        is_own: the role owns the relation, or is a member of the owner.
+        is_own: whether the role owns the relation, or is a member of the owner.
         lacks: the privileges that the service needs and the role does not have.
     """
 
@@ -39,14 +39,15 @@ SELECT c.relname, pg_has_role(c.relowner, 'USAGE'),
   ) ELSE '' END
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = current_schema() ORDER BY c.relname"""
-"""Every relation of the schema. Keys are identity columns: their sequences need no privilege."""
+"""Queries every relation of the schema. Keys are identity columns, whose sequences need no
+privilege."""
 
 
 class Rights:
-    """The role's privileges in the schema in which new tables are created."""
+    """The privileges of the role in the schema in which it creates tables."""
 
     def __init__(self, fetch_all: Callable[[str], Sequence[Sequence[Any]]]) -> None:
-        """Query the privileges. Every role that may connect may do so."""
+        """Query the privileges. Every role that can connect can run these queries."""
         ((self.role, self._schema, self._path, may_create),) = fetch_all(
             "SELECT current_user, current_schema(), current_setting('search_path'),"
             " has_schema_privilege(current_schema(), 'CREATE')"
@@ -58,7 +59,7 @@ class Rights:
         }
 
     def no_schema(self) -> str | None:
-        """Return why the role has no schema to work in, or None."""
+        """Return why no schema is usable for the role; None if one is."""
         if self._schema is not None:
             return None
         return (
@@ -67,7 +68,7 @@ class Rights:
         )
 
     def cannot_migrate(self, names: Iterable[str]) -> str | None:
-        """Return why the role cannot create and alter these tables, or None."""
+        """Return why the role cannot create and alter these tables; None if it can."""
         foreign = [name for name in names if name in self.tables and not self.tables[name].is_own]
         if foreign:
             return (
@@ -82,10 +83,10 @@ class Rights:
         )
 
     def cannot_use(self, name: str, needed: Sequence[str] = ()) -> str | None:
-        """Return why the service cannot work with a table, or None.
+        """Return why the service cannot use a table; None if it can.
 
         Args:
-            needed: the privileges to check. Empty: all that the service uses.
+            needed: the privileges to check; empty: all privileges that the service uses.
         """
         table = self.tables.get(name)
         if table is None:
@@ -95,10 +96,10 @@ class Rights:
 
 
 def missing_for_start(db: Database) -> str | None:
-    """Return the missing privileges for the migrations and for the service, or None.
+    """Return which privileges for migrations and service are missing, as one text; None if none is.
 
-    A start and the command `check` use this function, so that `check` reports what would refuse a
-    start.
+    A start and the command `check` both use this function, so that `check` reports the same
+    problems.
     """
     rights = Rights(db.fetch_all)
     if reason := rights.no_schema():
@@ -106,7 +107,7 @@ def missing_for_start(db: Database) -> str | None:
     if not all(name in rights.tables for name in HISTORY):
         foreign = [name for name in TABLES if name in rights.tables]
         if foreign:
-            return f"has a table `{foreign[0]}` that is not ours"
+            return f"has a table `{foreign[0]}` that is not of runrecovery"
         return rights.cannot_migrate(HISTORY)
     for name in HISTORY:
         if reason := rights.cannot_use(name, ("SELECT",)):
@@ -118,7 +119,7 @@ def missing_for_start(db: Database) -> str | None:
 
 
 def missing_for_work(db: Database) -> str | None:
-    """Return the missing privileges on a migrated PostgreSQL database; None on SQLite."""
+    """Return which privileges on the tables are missing, as one text; None: none, or SQLite."""
     if db.dialect.kind is DatabaseKind.SQLITE:
         return None
     rights = Rights(db.fetch_all)

@@ -14,15 +14,17 @@ from runrecovery_service.required_threads import start_thread
 
 AFTER_STOP_S: Final = 0.5
 AFTER_CRASH_S: Final = 10.0
-"""`quick_check` reads some 0.5 GB per second when the file is in memory."""
+"""Time limits of the search. `quick_check` reads some 0.5 GB per second if the file is in
+memory."""
 REPEAT_S: Final = 0.05
-"""How often the interruption is repeated: one between two statements has no effect."""
+"""Seconds between interruptions. One that falls between two statements has no effect, so they
+repeat."""
 
 log = structlog.get_logger()
 
 
 def lacks_tables(connection: sqlite3.Connection) -> bool:
-    """Return True for a file without the service's tables, as a failed repair leaves it."""
+    """Return whether a file lacks the service's tables, for example after a failed repair."""
     found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'instance'").fetchone()
     return found is None
 
@@ -51,14 +53,14 @@ def one_line(finding: str) -> str:
 
 
 def _was_stopped_in_order(connection: sqlite3.Connection) -> bool:
-    """Return True after a planned stop, which releases the lease."""
+    """Return whether the last service stopped as planned, and so released its lease."""
     held = connection.execute("SELECT 1 FROM instance WHERE lease_until > 0 LIMIT 1").fetchone()
     return held is None
 
 
 @contextmanager
 def _interrupting(connection: sqlite3.Connection, within_s: float) -> Iterator[None]:
-    """Interrupt the connection's statement when the time limit is reached."""
+    """Interrupt the connection's statement inside the block after `within_s` seconds."""
     done = threading.Event()
 
     def watch() -> None:

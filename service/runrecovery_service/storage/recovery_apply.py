@@ -1,11 +1,10 @@
 """Applies the decisions of a recovery to runs in batches. Each batch is one transaction.
 
 A batch is a range of keys. Its transaction appends the decisions to the history, changes the runs
-to what the history says, closes their questions, and writes the report. Every statement names the
-owner and the epochs below the recovery's: a repetition, or a crash at any point, changes nothing.
-
-A batch that the database refuses is split until the offending row is alone. That row is
-quarantined.
+as decided, closes their questions, and updates the report. Every statement selects only runs of the
+owner whose epoch is below that of the recovery. A decided run has the new epoch, so a repetition
+decides nothing twice. If the database refuses a batch, the batch is split until the offending row
+is alone. The run of this row is quarantined.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind, SqlDialect
 from runrecovery_service.storage.tables import LIVE, live, sql_words
 
 DAMAGED_NAMED: Final = 100
-"""How many quarantined runs a report names. The table `quarantine` names all of them."""
+"""The most quarantined runs that a report names. The table `quarantine` has all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,7 @@ class Tally:
     """The counts of one batch, or of all batches so far.
 
     Attributes:
-        damaged: the run_id and the damage of quarantined runs, `DAMAGED_NAMED` at most.
+        damaged: the run_id and the damage of at most `DAMAGED_NAMED` quarantined runs.
     """
 
     scanned: int = 0
@@ -70,7 +69,7 @@ class Tally:
 
 
 WriteProgress = Callable[[Database, Tally], None]
-"""Writes the counts into the report, in the transaction of the batch."""
+"""Writes the counts into the report, as part of the batch's transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def count_runs(db: Database, scope: RecoveryScope) -> int:
 
 
 def next_batch(db: Database, scope: RecoveryScope, *, after: int, rows: int) -> Batch | None:
-    """Return the range of the next `rows` runs whose key is above `after`, None at the end."""
+    """Return the range of the next `rows` runs whose key is above `after`; None: no more runs."""
     row = db.fetch_one(
         "SELECT min(id), max(id), count(*) FROM (SELECT id FROM run"
         f" WHERE {LIVE} AND owner = ? AND owner_epoch < ? AND id > ? ORDER BY id LIMIT ?) AS b",
@@ -107,8 +106,8 @@ _UNTOUCHED: Final = sql_words(
     (RecoveryState.RECOVERED_WAITING.value, RecoveryState.QUARANTINED.value)
 )
 
-# A run that keeps waiting, or is quarantined, keeps its version: its own state has not changed. A
-# client may send a reply with the etag from before the restart; the service must accept it.
+# A run that keeps waiting, or is quarantined, keeps its version, because its own state has not
+# changed. The service must accept a reply with an etag from before the restart.
 _KEPT: Final = f"e.recovery_state IN ({_UNTOUCHED}) AND e.status_before = e.status_after"
 _APPLIED: Final = {
     "event_count": "e.sequence",
@@ -140,10 +139,10 @@ _EVENT: Final = (
 
 
 def _new_owner(scope: ApplyScope, rule: str) -> tuple[dict[str, str], tuple[object, ...]]:
-    """Return the columns for the owner of a decided run as expressions, and their parameters.
+    """Return SQL expressions for a decided run's owner and epoch, with their parameters.
 
     Args:
-        rule: the column with the rule that decided.
+        rule: the column with the name of the decisive rule.
     """
     to, dead = scope.owner, scope.taken_from
     if dead is None:
@@ -156,15 +155,14 @@ def _new_owner(scope: ApplyScope, rule: str) -> tuple[dict[str, str], tuple[obje
 def _apply_sql(
     dialect: SqlDialect, batch: Batch, columns: dict[str, str], *, all_decided: bool
 ) -> str:
-    """Return the UPDATE that changes a batch's runs to what their newest event says.
+    """Return the UPDATE that changes a batch's runs as their newest decision says.
 
     Parameters: those of `columns`, report, first and last key, instance, epoch; and the report
-    again unless `all_decided`. A run whose earlier decision still holds has no new event.
-
-    A subquery reads the event of each row: a join would first copy every new row.
+    again unless `all_decided`. A run whose earlier decision still holds has no new decision. A
+    subquery reads the decision of each row, because a join would first copy every new row.
     """
-    # In SQLite a `+` keeps the planner from the index of live runs. That index is faster only
-    # where few runs of the range are live.
+    # In SQLite a `+` makes the planner ignore the index of live runs. The index is faster only if
+    # few runs of the range are live.
     dense = batch.rows * 4 >= batch.last - batch.first + 1
     column = "+run." if dense and dialect.kind is DatabaseKind.SQLITE else "run."
     return (
@@ -184,15 +182,15 @@ def apply_batch(
 ) -> Tally:
     """Decide on every run of the batch, apply the decisions, and return the counts.
 
-    A batch that is split has several transactions. If one of them fails, those before it stand.
+    A batch that is split has several transactions. If one fails, the earlier ones stay committed.
 
     Args:
-        report: writes the counts of a transaction, in that transaction.
-        on_commit: takes the counts of each transaction once it is committed.
+        report: writes the counts of a transaction into the report, in the same transaction.
+        on_commit: called with the counts of each transaction after its commit.
 
     Raises:
-        Exception: an error of the driver that is no fault of a row. The failed transaction changed
-            nothing. A retry is safe.
+        Exception: the driver's error, if no single row is its cause. The failed transaction has
+            changed nothing, and a retry is safe.
     """
     try:
         with db.transaction():
@@ -215,7 +213,7 @@ def _isolate(
     report: WriteProgress,
     on_commit: Callable[[Tally], object],
 ) -> Tally:
-    """Split a batch that the database refuses, and quarantine a row that is alone."""
+    """Split a batch that the database refuses; if it has only one row, quarantine the run."""
     if batch.rows <= 1:
         with db.transaction():
             tally = _quarantine(db, scope, batch, type(error).__name__)
@@ -269,7 +267,7 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     _record_killed_processes(db, scope, batch)
     unchanged = 0 if all_decided else _adopt_unchanged(db, scope, bounds)
     if scope.taken_from is not None:
-        # In this transaction: from the commit on, this service sets and applies their deadlines.
+        # In this transaction, because from its commit on this service applies the runs' deadlines.
         deadlines.move_range(
             db,
             scope.owner,
@@ -293,7 +291,7 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
 def _record_decisions(
     db: Database, scope: ApplyScope, batch: Batch, bounds: tuple[int, int, str, int]
 ) -> None:
-    """Decide on the runs of the batch, and add the decisions to their histories and webhooks."""
+    """Decide on the runs of the batch, and record the decisions with their webhook deliveries."""
     found = {key: end for key, end in scope.found.items() if batch.first <= key <= batch.last}
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
@@ -316,10 +314,10 @@ def _record_decisions(
 
 
 def _lock_rows(db: Database, bounds: tuple[int, int, str, int]) -> None:
-    """Lock the rows, so that an earlier epoch that still runs cannot write them until the commit.
+    """Lock the batch's rows, so that a living earlier epoch cannot change them before the commit.
 
-    The lock is a statement of its own: the next statement then reads what was committed before.
-    SQLite needs no lock, because a transaction excludes every other writer.
+    The lock is a separate statement, so that the next statement reads everything committed before
+    it. SQLite needs no lock, because a transaction excludes every other writer.
     """
     if db.dialect.kind is DatabaseKind.POSTGRESQL:
         db.execute(
@@ -332,8 +330,8 @@ def _lock_rows(db: Database, bounds: tuple[int, int, str, int]) -> None:
 def _adopt_unchanged(db: Database, scope: ApplyScope, bounds: tuple[int, int, str, int]) -> int:
     """Move runs whose earlier decision still holds to the new owner, and return their number.
 
-    At a planned stop, runs that were decided just now also have an epoch below the bound. The key
-    of the report excludes them.
+    The key of the report excludes runs that this recovery has just decided: at a planned stop,
+    their epoch is also below the bound.
     """
     owned_by, values = _new_owner(scope, "recovery_reason")
     adopted: int = db.execute(
@@ -388,7 +386,7 @@ def _count_decisions(db: Database, scope: ApplyScope, bounds: tuple[int, int, st
 def _record_killed_processes(db: Database, scope: ApplyScope, batch: Batch) -> None:
     """Record how many processes of each run were killed since the last completed recovery.
 
-    This recovery killed them, or an earlier recovery that did not complete.
+    These include kills by earlier recoveries that did not complete.
     """
     rows = db.fetch_all(
         "SELECT run, sum(processes_ended) FROM process_lease"
@@ -405,7 +403,7 @@ def _record_killed_processes(db: Database, scope: ApplyScope, batch: Batch) -> N
 
 
 def _close_questions(db: Database, scope: ApplyScope, batch: Batch) -> int:
-    """Close the questions of newly decided runs whose rule does not keep them."""
+    """Close the questions of newly decided runs, unless the rule keeps the run's question."""
     keys = (batch.first, batch.last)
     closed: int = db.execute(
         "UPDATE interaction SET state = 'CLOSED'"
@@ -419,7 +417,7 @@ def _close_questions(db: Database, scope: ApplyScope, batch: Batch) -> int:
 
 
 def _retire_sessions(db: Database, scope: ApplyScope, batch: Batch) -> None:
-    """Keep the handles of runs that failed for want of their session, until `scope.reopen`."""
+    """Keep the handles of runs that failed because their session was lost, until `scope.reopen`."""
     db.execute(
         "UPDATE run SET retired_type = session_type, retired_value = session_value,"
         " reopenable_until = ?, reopen_due_us = ?, due_clock = ? WHERE id IN"
@@ -437,7 +435,7 @@ def _retire_sessions(db: Database, scope: ApplyScope, batch: Batch) -> None:
 
 
 def _quarantine(db: Database, scope: ApplyScope, batch: Batch, detail: str) -> Tally:
-    """Quarantine the one run of a batch that the database refuses to change."""
+    """Quarantine the only run of a batch, which the database refuses to change."""
     _lock_rows(db, (batch.first, batch.last, *scope.params))
     row = db.fetch_one(
         "SELECT r.run_id, r.status, r.event_count + 1, (SELECT COALESCE(max(e.no), 0) + 1"

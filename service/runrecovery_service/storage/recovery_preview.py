@@ -1,4 +1,4 @@
-"""The runs that the next restart would decide on, and the facts of each decision. Read-only."""
+"""Reads the runs that the next restart would decide on, with the facts of each decision."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from runrecovery_service.storage.tables import live
 class PreviewedRun:
     """A run that a restart would decide on, and its work.
 
-    `session` is None without a usable handle.
+    Attributes:
+        session: the stored session; None: the run has no usable handle.
+        situation: everything that the decision depends on.
+        work: the tokens and running time that the run has used so far.
     """
 
     run_key: int
@@ -34,7 +37,7 @@ class PreviewedRun:
 
 
 def _situation_sql(dialect: SqlDialect) -> str:
-    """Return the columns of a `Situation` of the runs `r`."""
+    """Return SQL columns with the values of a `Situation` for runs `r`."""
     return (
         f"r.status, r.profile, {facts_sql(dialect)} AS facts,"
         f" CASE WHEN {damage_sql(dialect)} IS NULL THEN 0 ELSE 1 END AS damaged,"
@@ -56,14 +59,14 @@ _RUNS_IN_SCOPE: Final = (
 def preview_page(
     db: Database, scope: RecoveryScope, *, after: int, limit: int, now: datetime
 ) -> list[PreviewedRun]:
-    """Return the runs in scope whose key is above `after`, in the order of a restart."""
+    """Return at most `limit` runs in scope with a key above `after`, in the order of keys."""
     return _preview(db, scope, "r.id > ? ORDER BY r.id LIMIT ?", (after, limit), now=now)
 
 
 def preview_engine(
     db: Database, scope: RecoveryScope, engine: str, *, after: int, limit: int, now: datetime
 ) -> list[PreviewedRun]:
-    """Return the runs in scope that have a handle of this engine and a key above `after`."""
+    """Return at most `limit` runs in scope with a handle of this engine and a key above `after`."""
     which = "r.id > ? AND r.engine = ? AND r.session_value <> '' ORDER BY r.id LIMIT ?"
     return _preview(db, scope, which, (after, engine, limit), now=now)
 
@@ -101,7 +104,7 @@ def _previewed(row: Row) -> PreviewedRun:
 def sum_situations(
     db: Database, scope: RecoveryScope, *, now: datetime
 ) -> list[tuple[Situation, Work]]:
-    """Return each situation of the runs in scope, with its runs and their work."""
+    """Return each situation of the runs in scope, with the number and the work of its runs."""
     rows = db.fetch_all(
         "SELECT status, profile, facts, damaged, standing, count(*), sum(tokens), sum(running_us)"
         f" FROM (SELECT {_situation_sql(db.dialect)}, {_WORK}{_RUNS_IN_SCOPE}) AS s"
@@ -112,7 +115,8 @@ def sum_situations(
 
 
 def _work(runs: int, tokens: int, running_us: int) -> Work:
-    # A sum is a Decimal in PostgreSQL. The wall clock may have been set back since the launch.
+    # PostgreSQL returns a sum as Decimal. The time is negative if the wall clock was set back since
+    # the launch.
     return Work(runs=runs, tokens=int(tokens), running_us=max(0, int(running_us)))
 
 

@@ -1,4 +1,4 @@
-"""Selects the runs of a recovery, with the values that its decisions write."""
+"""Which runs a recovery decides on, and the values that its decisions write."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class RecoveryScope:
     """The runs of `owner`, or of `taken_from`, whose epoch is below `before`.
 
     At a start, `before` is the owner's own epoch. A planned stop and a plan use the next epoch,
-    because they decide what the next start would decide.
+    because they decide as the next start would.
 
     Attributes:
-        taken_from: the instance that is taken over, with the epoch of the takeover. `owner` then
-            gets its runs. None: no takeover.
+        taken_from: the instance that is taken over, with the epoch of the takeover. Its runs become
+            those of `owner`. None: no takeover.
     """
 
     owner: Owner
@@ -31,22 +31,22 @@ class RecoveryScope:
 
     @property
     def params(self) -> tuple[str, int]:
-        """The parameters of `owner = ? AND owner_epoch < ?`."""
+        """The parameters of the condition `owner = ? AND owner_epoch < ?`."""
         return (self.taken_from or self.owner).instance, self.before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyScope(RecoveryScope):
-    """The runs that a reconciliation may change, and the values that it writes.
+    """The runs that a recovery may change, and the values that it writes.
 
     Attributes:
         reconciliation_key: the key of the report.
-        reopen: until when a run that fails for want of its session can be reopened.
-        now, steady: the time of every decision, by the wall clock and by the steady clock.
-        found: the ends of turns that were found in the kept output, by run key.
-        counted: what other turns have used, by run key, where their sessions prove it.
-        elsewhere: what is true of runs whose next turn resumes a session, when the files of the
-            sessions are on another host.
+        reopen: until when a run can be reopened that fails because its session was lost.
+        now, steady: the time of all decisions, by the wall clock and by the steady clock.
+        found: by run key: the end of the turn that was found in the kept output.
+        counted: by run key: the usage of a killed turn, as the agent CLI's session file shows it.
+        elsewhere: the facts of runs whose next turn resumes a session, if the session files are on
+            another host.
     """
 
     reconciliation_key: int

@@ -1,8 +1,8 @@
 """The facts and the recovery matrix as SQL.
 
-The only definition of the facts about a stored run is here. `decide` reads them through
-`facts_of_run`; a recovery evaluates them and the matrix for a whole batch in one query. A test
-proves that the SQL matrix and `decide` agree for every combination of facts.
+Only this module defines the facts about a stored run. For one run, `facts_of_run` passes them to
+`decide`. A recovery evaluates facts and matrix for a whole batch in one query. A test proves that
+the SQL matrix and `decide` agree for every combination of facts.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ WITH_LATEST_QUESTION: Final = (
     "FROM run r LEFT JOIN interaction i ON i.run = r.id AND i.no = r.interaction_count"
 )
 IN_RANGE: Final = f"r.id BETWEEN ? AND ? AND {live('r.')} AND r.owner = ? AND r.owner_epoch < ?"
-"""The runs of a batch. Parameters: first and last key, instance, epoch."""
+"""The condition for the runs of a batch. Parameters: first and last key, instance, epoch."""
 
 
 def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
-    """Return the condition of each fact on a run `r` and its latest question `i`."""
+    """Return for each fact the SQL condition on a run `r` and its latest question `i`."""
     kinds = sql_words(tuple(kind.value for kind in InteractionKind))
     resumes = f"r.restart_policy = '{RestartPolicy.RESUME}'"
     return {
@@ -57,11 +57,12 @@ def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
         Fact.RESUME_LEFT: f"{resumes} AND r.resume_count < r.max_resumes",
         Fact.RESTART_LEFT: f"{resumes} AND r.attempt < r.max_attempts",
     }
-    # Not in the store: RESULT, QUESTION (`found_ends.facts_sql` adds them), and where sessions are.
+    # Facts that are not in the store: RESULT and QUESTION, which `found_ends.facts_sql` adds, and
+    # the host of sessions, which `_elsewhere_sql` adds.
 
 
 def facts_sql(dialect: SqlDialect) -> str:
-    """Return an expression for the facts of a run, as the bits of `Fact`."""
+    """Return an SQL expression for the facts of a run, as bits of `Fact`."""
     return " + ".join(
         f"CASE WHEN {condition} THEN {fact.value} ELSE 0 END"
         for fact, condition in fact_conditions(dialect).items()
@@ -69,7 +70,7 @@ def facts_sql(dialect: SqlDialect) -> str:
 
 
 def _elsewhere_sql(dialect: SqlDialect, elsewhere: Fact) -> str:
-    """Return an expression for the facts of a run whose session is on another host, as bits."""
+    """Return an SQL expression for the bits `elsewhere` of runs whose next turn needs a session."""
     if not elsewhere:
         return "0"
     facts = fact_conditions(dialect)
@@ -92,7 +93,7 @@ def facts_of_run(db: Database, run_key: int) -> Fact:
 
 
 def damage_sql(dialect: SqlDialect) -> str:
-    """Return an expression that names the unreadable part of a run's record; NULL for none."""
+    """Return an SQL expression that names the unreadable part of a run's row; NULL if none is."""
     json_columns = ("labels", "input", "output")
     unreadable = "".join(
         f" WHEN r.{column} IS NOT NULL AND NOT {dialect.is_json('r.' + column)}"
@@ -109,7 +110,7 @@ def damage_sql(dialect: SqlDialect) -> str:
 
 
 def condition_sql(rule: Rule) -> str:
-    """Return `Rule.matches` as a condition on the columns status, profile and facts."""
+    """Return `Rule.matches` as an SQL condition on the columns status, profile and facts."""
     terms = [f"status IN ({sql_words(tuple(s.value for s in rule.statuses))})"]
     if rule.profiles:
         terms.append(_profile_sql(rule.profiles))
@@ -129,9 +130,9 @@ def _profile_sql(profiles: tuple[Profile | None, ...]) -> str:
 
 
 def rule_sql() -> str:
-    """Return the matrix as a CASE for the number of the first rule that matches.
+    """Return the matrix as an SQL CASE for the number of the first rule that matches.
 
-    The number of a damaged run is 0.
+    A damaged run gets the number 0.
     """
     rules = " ".join(
         f"WHEN {condition_sql(rule)} THEN {number}" for number, rule in enumerate(MATRIX, 1)
@@ -153,10 +154,10 @@ def _matrix_values() -> str:
 def decisions_sql(
     dialect: SqlDialect, found: Mapping[int, FoundEnd], elsewhere: Fact = NOTHING
 ) -> str:
-    """Return the query that decides every run of a range.
+    """Return the query that decides on every run of a range.
 
     Args:
-        found: the ends that were found in the kept output of these runs, by run key.
+        found: by run key: the end of a turn that was found in the kept output.
         elsewhere: see `ApplyScope`.
 
     Parameters: as `IN_RANGE`. Columns: id, recovery_no, status, rule, facts, becomes, error_code,

@@ -1,4 +1,4 @@
-"""Refusals of a start: a database's error becomes a reason that an operator can act on."""
+"""Converts a database's errors at a start into refusals with a reason and a remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from runrecovery_service.storage.driver_errors import (
 
 @contextlib.contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """Turn every error of a database into a refusal of the start that names the database.
+    """Convert each database error inside the block into a refusal of the start.
+
+    Args:
+        name: the name of the database in the error.
 
     Raises:
         DatabaseRefused: the database cannot be used.
@@ -30,7 +33,7 @@ def refusing(name: str) -> Iterator[None]:
         if fault is None:
             raise DatabaseRefused(name, message) from error
         refused = DatabaseRefused if fault.lasts else DatabaseOutOfReach
-        # PostgreSQL says why a connection fails: role, password, database, host, TLS.
+        # PostgreSQL's own message names the cause: role, password, database, host or TLS.
         if fault is UNREACHABLE:
             reason = f"{message.removesuffix('.')}; {UNREACHABLE_REMEDY}"
         else:

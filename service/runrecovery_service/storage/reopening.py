@@ -1,4 +1,4 @@
-"""ReopenRun: reopens a run that a recovery failed only because its session was lost."""
+"""ReopenRun: reopens a run that a recovery has failed because its session was lost."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import to_us
 
-NO_SESSION_LOST: Final = "no recovery failed it for want of its session"
-WINDOW_OVER: Final = "the window for that is over"
+NO_SESSION_LOST: Final = "no recovery failed it because its session was lost"
+WINDOW_OVER: Final = "the time in which it could be reopened is over"
 QUESTION_LOST: Final = "its question is no longer readable"
 NO_HANDLE: Final = "no session handle was kept; supply one"
 
@@ -50,8 +50,8 @@ class ReopenCandidate:
     """A run that may be reopened.
 
     Attributes:
-        handle: the session handle that was kept, a secret; None: none was kept.
-        mark: the fingerprint of the session file at the question; None: not recorded.
+        handle: the kept session handle, a secret; None: none was kept.
+        mark: the fingerprint of the session file at the time of the question; None: not recorded.
     """
 
     run: Run
@@ -64,10 +64,10 @@ class ReopenCandidate:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The data of a failed run that the store keeps for ReopenRun.
+    """The values of a failed run that the store keeps for ReopenRun.
 
     Attributes:
-        decisions: how many decisions its history has.
+        decisions: the number of decisions in its history.
         report: the key of the report with the latest decision.
     """
 
@@ -78,9 +78,9 @@ class _Kept:
 
 
 def find_candidate(db: Database, run_id: str) -> ReopenCandidate:
-    """Return the run with the handle that it would be resumed with.
+    """Return the run, and the handle with which it would be resumed.
 
-    The handle is the retired one, or the run's own if the run was reopened already.
+    The handle is the one kept at the failure or, if the run was already reopened, its present one.
 
     Raises:
         RunNotFound: there is no such run.
@@ -113,14 +113,14 @@ def reopen(
 ) -> Run:
     """Reopen a failed run, with new deadlines.
 
-    The run becomes WAITING_USER with its question open, or QUEUED if its reply was accepted. A run
-    that was already reopened by the same request is returned unchanged. On PostgreSQL the run may
-    be another instance's, which converts the new deadlines to its own clock.
+    The run becomes WAITING_USER with its question open, or QUEUED if its reply had been accepted. A
+    run that the same request has already reopened is returned unchanged. On PostgreSQL the run may
+    belong to another instance, which converts the new deadlines to its own clock.
 
     Args:
-        handle: the handle to resume with; None: the handle that was kept.
+        handle: the session handle to resume with; None: the kept one.
         session_type_of: returns the type of an engine's handles, for a run without a recorded type.
-        wait_s_of: returns how long a question of the run waits.
+        wait_s_of: returns how many seconds a question of the run may wait.
 
     Raises:
         RunNotFound, RunOfAnotherInstance, RunQuarantined, RunNotReopenable, SessionNotResumable,
@@ -151,7 +151,7 @@ def reopen(
 
 
 def _is_already_reopened(db: Database, run: Run, handle: str | None) -> bool:
-    """Return True if this request was carried out and the run has not changed since."""
+    """Return whether this request was already carried out and the run has not changed since."""
     decided = run.recovery
     if decided is None or decided.recovery_reason != REOPEN_RULE or run.session is None:
         return False
@@ -183,7 +183,7 @@ def _reopen_failed(
     is_of_peer = runs.is_of_peer(db, run, owner)
     kept = _kept(db, run, None if is_of_peer else steady, now)
     if not is_of_peer:
-        # After the window: an ended run keeps the name of its last instance.
+        # Checked after the window: an ended run keeps the name of its last instance.
         runs.demand_own(run, owner)
     if not (handle or kept.handle):
         raise SessionNotResumable(run.run_id, NO_HANDLE)
@@ -223,7 +223,7 @@ def _reopened(
     due_in: DueIn,
     now: datetime,
 ) -> dict[str, object]:
-    """Return the changes of the run's row, beside the session type and the epoch."""
+    """Return the changes of the run's row, except session type and epoch."""
     whole = None if run.max_run_s is None else due_in(run.max_run_s)
     return {
         "status": becomes.value,
@@ -254,10 +254,10 @@ def _reopened(
 
 
 def _current_epoch(db: Database, run: Run) -> int:
-    """Return the epoch of the run's owner, which takes no other run from its queue.
+    """Return the current epoch of the run's owner, locked until the transaction ends.
 
     Raises:
-        RunOfAnotherInstance: the database does not know the owner.
+        RunOfAnotherInstance: no instance with the owner's name is recorded.
     """
     row = db.fetch_one("SELECT epoch FROM instance_epoch WHERE name = ? FOR SHARE", (run.owner,))
     if row is None:
@@ -266,11 +266,11 @@ def _current_epoch(db: Database, run: Run) -> int:
 
 
 def _kept(db: Database, run: Run, steady: SteadyTime | None, now: datetime) -> _Kept:
-    """Return the question and the session that were kept of a run.
+    """Return the values of a failed run that were kept for ReopenRun.
 
     Args:
-        steady: the clock of the run's deadlines; None: that is a clock of another host, and the
-            wall clock decides.
+        steady: the time of the clock on which the run's deadlines are measured; None: they are
+            measured on another host's clock, so the wall clock decides.
 
     Raises:
         RunNotReopenable: the window has passed.

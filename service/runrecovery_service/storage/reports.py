@@ -66,8 +66,8 @@ def open_report(
 ) -> int:
     """Open the report of a recovery, and return its key.
 
-    Reports of earlier epochs that are still RUNNING are closed as FAILED: their service ended
-    first. Their decisions remain.
+    RUNNING reports of earlier epochs are closed as FAILED, because their service has ended. Their
+    decisions remain.
     """
     with db.transaction():
         if db.dialect.kind is DatabaseKind.POSTGRESQL:
@@ -104,9 +104,9 @@ def open_report(
 def close_abandoned(db: Database) -> int:
     """Close the RUNNING reports of instances that are not alive, and return their number.
 
-    Such an instance, if it wakes up, can commit no decision under its closed report.
+    If one of these instances was only frozen, it can commit no decision under its closed report.
     """
-    # One service at a time uses a SQLite store: every other instance is gone.
+    # Only one service at a time uses a SQLite store, so every other instance is dead.
     alive = (
         "SELECT name FROM instance WHERE 1 = 0"
         if db.dialect.kind is DatabaseKind.SQLITE
@@ -121,15 +121,15 @@ def close_abandoned(db: Database) -> int:
 
 
 def own_reports(dialect: SqlDialect) -> str:
-    """Return the condition for reports of this service. Parameter: the instance.
+    """Return an SQL condition for reports of this service. Parameter: the instance.
 
-    In a SQLite store every report is the service's own, even one under another instance name.
+    In a SQLite store every report counts as the service's own, even under another instance name.
     """
     return "? IS NOT NULL" if dialect.kind is DatabaseKind.SQLITE else "instance = ?"
 
 
 def count_unfinished_starts(db: Database, owner: Owner, since: datetime) -> int:
-    """Return how many starts in a row before this one did not complete a recovery."""
+    """Return how many starts in a row just before this start did not complete a recovery."""
     rows = db.fetch_all(
         f"SELECT epoch, state FROM reconciliation WHERE {own_reports(db.dialect)}"
         " AND NOT (instance = ? AND epoch = ?) AND started_at >= ?"
@@ -141,11 +141,11 @@ def count_unfinished_starts(db: Database, owner: Owner, since: datetime) -> int:
 
 
 def write_report(db: Database, key: int, report: Reconciliation) -> None:
-    """Write the current state of a report, in the caller's transaction if there is one.
+    """Write the current state of a report. Runs in the caller's transaction if there is one.
 
     Raises:
-        StorageBusy: another instance has closed the report, because this one seemed dead. No
-            further decision may be made under the report.
+        StorageBusy: another instance has closed the report, because this instance seemed dead. No
+            further decisions may be recorded under this report.
     """
     with db.transaction():
         written = db.execute(
@@ -206,7 +206,7 @@ def get_report(db: Database, reconciliation_id: str) -> Reconciliation:
     """Return the report with this id.
 
     Raises:
-        ReconciliationNotFound: there is none.
+        ReconciliationNotFound: there is no such report.
     """
     query = _C.select(*_REPORT_COLUMNS).where(_C.reconciliation_id == reconciliation_id)
     row = db.peewee.execute(query).fetchone()

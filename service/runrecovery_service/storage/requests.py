@@ -1,4 +1,4 @@
-"""Receipts: a repeated request_id has no second effect, and gets the run of the first."""
+"""Receipts: a repeated request has no second effect, and gets the run of the first request."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _T = tables.RequestReceipt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """A request_id, its caller and method, and a digest of the rest of the request.
+    """Identifies a request: its request_id, caller, method, and a digest of the rest.
 
     Attributes:
         request_id: a UUID in lower case.
-        caller: None: no callers are configured.
+        caller: the name of the caller; None: no callers are configured.
     """
 
     request_id: str
@@ -30,13 +30,13 @@ class Receipt:
 
     @property
     def key(self) -> str:
-        """Return the key of a receipt. It includes the caller: callers never share a receipt."""
+        """The primary key of the receipt, which includes the caller, so that callers share none."""
         return self.request_id if self.caller is None else f"{self.request_id}/{self.caller}"
 
 
 _FIND = Statement(
-    # The caller's own receipt before one without a caller, which counts for every caller: it was
-    # recorded before callers were configured.
+    # Prefers the caller's own receipt to one without a caller. The latter was recorded before
+    # callers were configured, and counts for every caller.
     lambda: (
         _T.select(_T.method, _T.fingerprint, _T.run)
         .where(_T.request_id.in_((param("key"), param("request_id"))))
@@ -58,11 +58,11 @@ _ADD = Statement(
 
 
 def find_effect(db: Database, receipt: Receipt | None) -> int | None:
-    """Return the key of the run that this request has changed, None for a new request.
+    """Return the key of the run that this request has already changed; None for a new request.
 
     Raises:
-        RequestIdReused: the id was used with another method or payload.
-        RequestedRunRemoved: retention has removed that run.
+        RequestIdReused: the request_id was used with another method or payload.
+        RequestedRunRemoved: retention has removed the run.
     """
     if receipt is None:
         return None

@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 class ReservedConnection:
-    """A thread that keeps its connection, so that no other client can take the last one."""
+    """A thread whose connection stays open, so that no other client can take its place."""
 
     def __init__(self, db: Database, name: str = "storage-lease") -> None:
         self._db = db
@@ -24,18 +24,18 @@ class ReservedConnection:
         self._opening: Future[None] | None = None
 
     def open(self) -> None:
-        """Start connecting."""
+        """Begin to connect; see `is_connected`."""
         self._opening = self.submit(_connect)
 
     @property
     def is_connected(self) -> bool | None:
-        """True or False once `open` has succeeded or failed; None until then."""
+        """Whether `open` has succeeded; None while it is still under way."""
         if self._opening is None or not self._opening.done():
             return None
         return self._opening.exception() is None
 
     def submit(self, use: Callable[[Database], R]) -> Future[R]:
-        """Run a use case on the connection."""
+        """Queue a use case for the connection, and return the future of its result."""
 
         def on_connection(db: Database) -> R:
             self._connection = db.peewee.connection()
@@ -44,20 +44,23 @@ class ReservedConnection:
         return self._thread.submit(lambda: run_use_case(self._db, on_connection))
 
     def abort(self) -> None:
-        """Fail the running use case and end the thread."""
+        """Make the running use case fail, and end the thread."""
         self.close()
         self.cut()
 
     def cut(self) -> None:
-        """Fail the running use case."""
+        """Make the running use case fail."""
         cut(self._connection)
 
     def close(self) -> Future[None]:
-        """End the thread after the submitted use cases."""
+        """End the thread after the queued use cases.
+
+        The future resolves when the connection is closed.
+        """
         closing = self._thread.submit(self._db.close)
         self._thread.shutdown(wait=False)
         return closing
 
 
 def _connect(db: Database) -> None:
-    """Do nothing. To run this opens the connection."""
+    """Do nothing: every use case opens the connection if it is not open."""

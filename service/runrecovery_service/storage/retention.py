@@ -1,9 +1,9 @@
-"""Finds and removes what has reached its age. A run that could continue is never touched.
+"""Finds and removes old ended runs, parts of them, old receipts and old reports.
 
-A part is first recorded as removed, so that readers get the right answer from then on. Then its
-files go. The rows of a whole run go last: a crash in between leaves rows without files.
-
-A transaction that removes is short, because every other write on SQLite waits for it.
+A run that could still continue is never touched. A part of a run is first recorded as removed, so
+that readers get a correct answer, then its files are removed. The rows of a whole run are removed
+last, so that a crash leaves rows without files, never files without rows. Transactions that remove
+rows are short, because on SQLite every other write waits for them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.tables import sql_words
 
 SETTLES_S: Final = 120.0
-"""How long a run and its launches must have ended: a closed launch is searched for 60 s more."""
+"""How long a run and its launches must have ended. Sweeps search for processes of a closed launch
+for another 60 s."""
 
 PIECE: Final = 20
-"""Rows of a run that one statement deletes. One row may have 64 KiB."""
+"""How many rows of a run one statement deletes. A row can have 64 KiB."""
 
 _CHILDREN: Final = {
     "interaction": "no",
@@ -37,24 +38,25 @@ _CHILDREN: Final = {
     "recovery_event": "no",
     "process_lease": "id",
     "quarantine": "id",
-    # The last one: until the run is gone, readers of its output must get the right answer.
+    # Deleted last: readers of the output need it until the run's own row is deleted.
     "removed_part": "part",
 }
-"""The tables with rows of a run, and the column that tells its rows apart."""
+"""By table with rows of a run: the column that identifies a row within the run."""
 _SETTLED: Final = (
     f"r.status IN ({sql_words(frozenset(TERMINAL))})"
     f" AND r.recovery_state <> '{RecoveryState.QUARANTINED}'"
-    # Set until the window for ReopenRun has passed.
+    # Is NULL once the window for ReopenRun has passed.
     " AND r.reopen_due_us IS NULL AND r.ended_at <= ?"
-    # An aggregate and not EXISTS, which PostgreSQL would answer by reading all launches.
+    # An aggregate, because PostgreSQL would evaluate EXISTS by reading all launches.
     " AND COALESCE((SELECT max(CASE WHEN l.state = 'CLOSED' AND l.closed_at IS NOT NULL"
     " THEN l.closed_at ELSE 9223372036854775807 END)"
     " FROM process_lease l WHERE l.run = r.id), 0) <= ?"
     " AND NOT EXISTS (SELECT 1 FROM trust_entry t WHERE t.run = r.id)"
 )
-"""The run has ended for good. Parameters: twice the latest time at which that may have happened."""
-# SQLite gives the key of the newest row out again if that row is deleted. Files, receipts and
-# cursors of the old row would then be those of the new one.
+"""The condition for runs that have ended for good. Parameters: twice the latest end time that
+counts."""
+# If the newest row is deleted, SQLite uses its key again for the next row. The old row's files,
+# receipts and cursors would then belong to the new row.
 _NOT_NEWEST: Final = (
     "r.id < (SELECT max(id) FROM run) AND r.id <> COALESCE((SELECT l.run FROM process_lease l"
     " WHERE l.id = (SELECT max(id) FROM process_lease)), 0)"
@@ -66,7 +68,7 @@ class Found:
     """A page of ended runs.
 
     Attributes:
-        keys: those of the page that may be removed, or may lose a part.
+        keys: the keys of runs on this page that may be removed, or may lose a part.
         last: the position of the last run of the page; None: there are no more pages.
     """
 
@@ -76,11 +78,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """The progress of a transaction at the end of its time.
+    """How far a transaction got within its time limit.
 
     Attributes:
-        handled: how many of the given runs, from the first on, need nothing more.
-        changed: the runs among them that were changed.
+        handled: how many of the given runs, counted from the first, are done.
+        changed: the keys of those runs that the transaction has changed.
     """
 
     handled: int
@@ -88,15 +90,15 @@ class Progress:
 
 
 def _own(db: Database) -> str:
-    """Return the condition for runs of this service. Parameter: the instance.
+    """Return an SQL condition for runs of this service. Parameter: the instance.
 
-    In a SQLite store every run is the service's own, even one under another instance name.
+    In a SQLite store every run counts as the service's own, even under another instance name.
     """
     return "? IS NOT NULL" if db.dialect.kind is DatabaseKind.SQLITE else "r.owner = ?"
 
 
 def _own_receipt(db: Database) -> str:
-    """Return the condition for receipts of this service. Parameter: the instance."""
+    """Return an SQL condition for receipts of this service. Parameter: the instance."""
     return "? IS NOT NULL" if db.dialect.kind is DatabaseKind.SQLITE else "owner = ?"
 
 
@@ -108,10 +110,10 @@ def _settled_before(now: datetime) -> tuple[int, int]:
 def position_of_surplus(
     db: Database, owner: Owner, *, kept: int, now: datetime
 ) -> RunPosition | None:
-    """Return the newest ended run behind the `kept` newest ones; None: there are no more.
+    """Return the position of the newest ended run after the `kept` newest; None: there are no more.
 
-    Runs that ended while the clock was ahead are not counted: they would take the places of newer
-    ones.
+    Runs with an end time in the future, recorded while the clock was ahead, are not counted. They
+    would take the places of newer runs.
     """
     row = db.fetch_one(
         f"SELECT r.ended_at, r.id FROM run r WHERE {_own(db)} AND r.ended_at <= ?"
@@ -130,7 +132,7 @@ def removable_runs(
     now: datetime,
     limit: int,
 ) -> Found:
-    """Return a page of the ended runs in a range: those that nothing needs any more."""
+    """Return a page of the ended runs in a range of positions, with those that may be removed."""
     rows = db.fetch_all(
         f"SELECT r.id, r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
         " AND (r.ended_at, r.id) > (?, ?) AND (r.ended_at, r.id) <= (?, ?)"
@@ -150,7 +152,7 @@ def removable_parts(
     now: datetime,
     limit: int,
 ) -> Found:
-    """Return a page of the ended runs after a position that have a part which can be removed."""
+    """Return a page of ended runs after a position, with those that may lose this part."""
     rows = db.fetch_all(
         f"SELECT r.id, r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
         " AND (r.ended_at, r.id) > (?, ?) AND r.ended_at <= ?"
@@ -164,7 +166,7 @@ def removable_parts(
 def _found(db: Database, rows: Sequence[Row], which: str, now: datetime) -> Found:
     """Return the runs of a page for which a condition holds.
 
-    A query of its own: the page itself is read from an index, however large its runs are.
+    This is a separate query, so that the page itself is read from an index, without its large rows.
     """
     if not rows:
         return Found(keys=[], last=None)
@@ -182,7 +184,7 @@ def _found(db: Database, rows: Sequence[Row], which: str, now: datetime) -> Foun
 
 
 def oldest_kept(db: Database, owner: Owner, *, upto: RunPosition, now: datetime) -> datetime | None:
-    """Return the end time of the oldest run that stays if runs up to a position are removed."""
+    """Return the end time of the oldest run that remains after a removal up to a position."""
     row = db.fetch_one(
         f"SELECT r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
         f" AND NOT ((r.ended_at, r.id) <= (?, ?) AND {_SETTLED} AND {_NOT_NEWEST})"
@@ -201,12 +203,14 @@ def mark_removed(
     now: datetime,
     within_s: float,
 ) -> Progress:
-    """Record that parts of ended runs are removed. Call again for those that were not handled.
+    """Record that parts of ended runs are removed.
 
-    The caller then removes the files. Events are rows, and are removed here.
+    The caller then removes the files. Events have no files; their rows are removed here. Call this
+    again for runs that were not handled.
 
     Args:
-        within_s: begin no further row after this time: other writes wait for this transaction.
+        within_s: seconds after which no further row is begun: other writes wait for this
+            transaction.
     """
     ends, changed = monotonic() + within_s, list[int]()
     with db.transaction():
@@ -230,13 +234,15 @@ def mark_removed(
 def remove_runs(
     db: Database, keys: Sequence[int], *, owner: Owner, now: datetime, within_s: float
 ) -> Progress:
-    """Remove every row of runs whose files are gone. Call again for those that were not handled.
+    """Remove every row of runs whose files are removed.
 
-    The row of the run goes last, after a transaction or more for its other rows. Receipts stay
-    until they have reached their own age: a repeated request must not create the run again.
+    The row of the run itself is removed last; its other rows may take several transactions. Call
+    this again for runs that were not handled. Receipts are kept until they reach their own age,
+    because a repeated request must not create the run again.
 
     Args:
-        within_s: begin no further row after this time: other writes wait for this transaction.
+        within_s: seconds after which no further row is begun: other writes wait for this
+            transaction.
     """
     ends, changed = monotonic() + within_s, list[int]()
     with db.transaction():
@@ -263,7 +269,7 @@ def _holds(db: Database, owner: Owner, key: int, which: str, now: datetime) -> b
 
 
 def _remove_rows(db: Database, table: str, key: int, ends: float) -> bool:
-    """Delete a run's rows of a table; return False if time was over after some of them."""
+    """Delete a run's rows of a table; return False if the time ended before all were deleted."""
     column = _CHILDREN[table]
     while True:
         deleted = db.execute(
@@ -287,7 +293,7 @@ def _remove_labels(db: Database, key: int) -> None:
 
 
 def is_output_removed(db: Database, run: Run) -> bool:
-    """Return True once the output of a run was removed."""
+    """Return whether the output of a run was removed."""
     row = db.fetch_one(
         "SELECT 1 FROM run r WHERE r.id = ? AND NOT EXISTS"
         " (SELECT 1 FROM removed_part p WHERE p.run = r.id AND p.part = ?)",
@@ -297,7 +303,7 @@ def is_output_removed(db: Database, run: Run) -> bool:
 
 
 def count_receipts(db: Database, owner: Owner, *, created_before: datetime) -> int:
-    """Return how many receipts are older."""
+    """Return how many receipts were created at or before a time."""
     row = db.fetch_one(
         f"SELECT count(*) FROM request_receipt WHERE {_own_receipt(db)} AND created_at <= ?",
         (owner.instance, to_us(created_before)),
@@ -306,7 +312,7 @@ def count_receipts(db: Database, owner: Owner, *, created_before: datetime) -> i
 
 
 def remove_receipts(db: Database, *, owner: Owner, created_before: datetime, limit: int) -> int:
-    """Remove the oldest receipts, at most `limit`, and return their number."""
+    """Remove at most `limit` of these receipts, oldest first, and return how many were removed."""
     with db.transaction():
         instances.demand_current(db, owner)
         removed: int = db.execute(
@@ -319,10 +325,10 @@ def remove_receipts(db: Database, *, owner: Owner, created_before: datetime, lim
 
 
 def _unnamed_reports(db: Database) -> str:
-    """Return a query for old reports that nothing names. Parameters: the time, the instance.
+    """Return a query for old reports to which no row refers. Parameters: the time, the instance.
 
-    The newest report of each instance is not among them, nor the newest one with decisions: a
-    reader of the decisions that has read all of them holds its cursor.
+    The newest report of each instance is excluded. The newest report with decisions is excluded
+    too, because a reader that has read all decisions has a cursor in it.
     """
     return (
         f"SELECT c.id FROM reconciliation c WHERE c.started_at <= ? AND c.state <> 'RUNNING'"
@@ -345,7 +351,7 @@ def count_reports(db: Database, owner: Owner, *, started_before: datetime) -> in
 
 
 def remove_reports(db: Database, *, owner: Owner, started_before: datetime, limit: int) -> int:
-    """Remove the oldest reports that nothing names, at most `limit`, and return their number."""
+    """Remove at most `limit` of these reports, oldest first, and return how many were removed."""
     with db.transaction():
         instances.demand_current(db, owner)
         removed: int = db.execute(
@@ -360,7 +366,7 @@ def remove_reports(db: Database, *, owner: Owner, started_before: datetime, limi
 
 
 def confirmed_time(db: Database, owner: Owner) -> datetime | None:
-    """Return the latest time that was confirmed, or else when the latest run ended."""
+    """Return the latest confirmed wall-clock time; if there is none, the end of the latest run."""
     row = db.fetch_one(
         "SELECT COALESCE(time_confirmed_at,"
         f" (SELECT max(r.ended_at) FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL))"
@@ -371,7 +377,7 @@ def confirmed_time(db: Database, owner: Owner) -> datetime | None:
 
 
 def confirm_time(db: Database, *, owner: Owner, now: datetime) -> None:
-    """Record that the wall clock is right, for a later start to compare with."""
+    """Record `now` as a correct wall-clock time, with which a later start compares its clock."""
     with db.transaction():
         instances.demand_current(db, owner)
         db.execute(
@@ -388,7 +394,7 @@ class StoredRun:
     """The row of a run whose folder exists.
 
     Attributes:
-        own: False for a run of another instance on the same database.
+        own: whether the run belongs to this service, not to another instance on the database.
         removed: the parts that are recorded as removed.
     """
 
@@ -397,7 +403,7 @@ class StoredRun:
 
 
 def stored_runs(db: Database, owner: Owner, keys: Sequence[int]) -> dict[int, StoredRun]:
-    """Return the stored runs with these keys; nothing for an unknown key."""
+    """Return by key the rows of these runs. A key without a row is left out."""
     marks = ", ".join("?" for _ in keys)
     removed = defaultdict[int, set[RetentionKind]](set)
     for key, part in db.fetch_all(
@@ -417,10 +423,10 @@ AUTO_VACUUM_INCREMENTAL: Final = 2
 
 
 def free_pages(db: Database) -> int:
-    """Return how many pages of a SQLite file are free and can be given back.
+    """Return how many free pages of a SQLite file can be returned to the file system.
 
-    0 for PostgreSQL, whose autovacuum makes room by itself, and for a file that was made without
-    `auto_vacuum`.
+    The number is 0 for a file that was created without `auto_vacuum`, and for PostgreSQL, which has
+    its own autovacuum.
     """
     if db.dialect.kind is not DatabaseKind.SQLITE:
         return 0
@@ -431,16 +437,17 @@ def free_pages(db: Database) -> int:
 
 
 def give_back_pages(db: Database, *, owner: Owner, pages: int, within_s: float) -> int:
-    """Give free pages of a SQLite file back to the file system, and return how many are left.
+    """Return free pages of a SQLite file to the file system; report how many are left.
 
     Args:
-        within_s: give no further page back after this time: other writes wait.
+        within_s: seconds after which no further page is returned, because other writes wait.
     """
     ends = monotonic() + within_s
     with db.transaction():
         instances.demand_current(db, owner)
         for _ in range(pages):
-            # Page by page: Python's driver makes one step of this statement, which frees one page.
+            # One page at a time: Python's driver executes one step of this statement, and a step
+            # frees one page.
             db.execute("PRAGMA incremental_vacuum(1)").fetchall()
             if monotonic() >= ends:
                 break

@@ -53,7 +53,7 @@ def to_us(time: datetime) -> int:
 def from_us(us: int) -> datetime:
     """Return microseconds since 1970 as an aware UTC time."""
     try:
-        # By position, which is twice as fast: a run has up to ten timestamps.
+        # Positional arguments are twice as fast, and a run has up to ten timestamps.
         return EPOCH + timedelta(0, 0, us)
     except OverflowError:  # a damaged time must not fail the response
         return EPOCH
@@ -70,13 +70,13 @@ def to_json(value: JsonValue) -> str:
 
 
 def json_object(text: str | None) -> JsonObject:
-    """Return the stored object; empty for unreadable text."""
+    """Parse a stored JSON object; an unreadable text gives an empty one."""
     value = json_value(text)
     return value if isinstance(value, dict) else {}
 
 
 def json_value(text: str | None) -> JsonValue:
-    """Return the stored value; None for unreadable text."""
+    """Parse a stored JSON value; an unreadable text gives None."""
     if text is None:
         return None
     try:
@@ -110,7 +110,7 @@ def enum_from_text(kind: type[E], text: str | None) -> E | None:
 
 
 def finding_from(verdict: str | None, reason: str | None) -> SessionFinding | None:
-    """Return the finding in two columns; None for no finding or an unknown verdict."""
+    """Return the finding of a session check from its columns; None: none, or unknown verdict."""
     known = enum_from_text(SessionVerdict, verdict)
     return None if known is None else SessionFinding(known, enum_from_text(SessionReason, reason))
 
@@ -156,7 +156,7 @@ LARGE_COLUMNS: Final = tuple(
     if column.name
     in {"input", "output", "labels", "error_message", "prompt", "options", "tool_call"}
 )
-"""The positions of the columns of `runs.select()` that can hold long texts."""
+"""The positions of those columns of `runs.select()` that can have long texts."""
 
 
 def run_from_row(row: Row) -> Run:
@@ -220,7 +220,7 @@ def run_from_row(row: Row) -> Run:
 
 
 def new_run_from_row(row: Row) -> Run:
-    """Return the run in a row of RUN_COLUMNS that has neither a question nor a decision yet."""
+    """Return a new run, without question and decision, from a row of RUN_COLUMNS."""
     return run_from_row((*row, *_NOTHING_JOINED))
 
 
@@ -229,12 +229,12 @@ def _seconds(us: int | None) -> float | None:
 
 
 def _error(code: str, message: str | None, row: Row) -> RunError:
-    """Return the stored error. A recovery stores no message: its rule has the message."""
+    """Return the stored error. An error of a recovery takes its message from the rule."""
     return RunError(code=code, message=message or BECAUSE.get(row[_RULE_AT]) or "")
 
 
 def session_from_columns(kind: str | None, handle: str | None, turn: int | None) -> Session | None:
-    """Return the stored session; None when its type or handle is missing."""
+    """Return the stored session; None if its type or handle is missing."""
     if not kind or not handle:
         return None
     return Session(type=kind, handle=handle, turn=turn or 0)
@@ -249,7 +249,7 @@ def usage_from_columns(
     cost_nanos: int | None,
     model: str | None,
 ) -> Usage | None:
-    """Return the usage of a run; None until the first report."""
+    """Return the usage of a run; None if none was reported yet."""
     if model is None:
         return None
     return Usage(
@@ -264,17 +264,17 @@ def usage_from_columns(
 
 
 def usage_to_json(usage: Usage | SessionUsage | None) -> str | None:
-    """Return the text that `usage_from_json` or `session_usage_from_json` reads; None for None."""
+    """Return a usage as text for `usage_from_json` or `session_usage_from_json`; None for None."""
     return None if usage is None else to_json(asdict(usage))
 
 
 def usage_from_json(text: str | None) -> Usage | None:
-    """Return the stored usage; None for a missing or unreadable text."""
+    """Parse a stored usage; a missing or unreadable text gives None."""
     return _usage(json_value(text))
 
 
 def session_usage_from_json(text: str | None) -> SessionUsage | None:
-    """Return the stored usage of a session; None for a missing or unreadable text."""
+    """Parse the stored usage of a session; a missing or unreadable text gives None."""
     stored = json_value(text)
     if not isinstance(stored, dict):
         return None
@@ -292,7 +292,7 @@ def _usage(stored: Any) -> Usage | None:  # Any: each member has its own type
 
 
 def recovery_from_row(row: Row) -> RecoveryInfo | None:
-    """Return the decision in RECOVERY_COLUMNS; None without a decision or a report."""
+    """Return the decision in a row of RECOVERY_COLUMNS; None if it or its report is missing."""
     state, at, rule, before, after, error_code, count, ended, report, instance, epoch = row
     if state is None or report is None:
         return None
@@ -315,7 +315,7 @@ def recovery_from_row(row: Row) -> RecoveryInfo | None:
 
 
 def interaction_from_row(row: Row) -> Interaction:
-    """Return the question in INTERACTION_COLUMNS."""
+    """Return the question in a row of INTERACTION_COLUMNS."""
     (
         no, kind, prompt, options, state, asked_at, replied_at, response,
         wait_deadline_at, auto_decided, tool_call, replied_by,
@@ -337,7 +337,7 @@ def interaction_from_row(row: Row) -> Interaction:
 
 
 def tool_call_to_json(call: ToolCall | None) -> str | None:
-    """Return the call of a permission question as stored; None for another question."""
+    """Return a permission question's tool call as text for the store; None for other questions."""
     if call is None:
         return None
     return to_json(
@@ -353,7 +353,7 @@ def tool_call_to_json(call: ToolCall | None) -> str | None:
 
 
 def tool_call_from_json(text: str) -> ToolCall | None:
-    """Return the stored call; None if it is unreadable."""
+    """Parse a stored tool call; an unreadable text gives None."""
     match json_value(text):
         case {
             "id": str(key),
@@ -375,12 +375,12 @@ def tool_call_from_json(text: str) -> ToolCall | None:
 
 
 def options_to_json(options: tuple[Option, ...]) -> str:
-    """Return the options as stored."""
+    """Return the options as text for the store."""
     return to_json([{"label": option.label, "value": option.value} for option in options])
 
 
 def options_from_json(text: str) -> tuple[Option, ...]:
-    """Return the stored options without the unreadable ones."""
+    """Parse the stored options of a question, and leave out unreadable ones."""
     stored = json_value(text)
     if not isinstance(stored, list):
         return ()

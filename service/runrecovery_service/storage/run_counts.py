@@ -13,9 +13,9 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import from_us_or_none
 
 GROUPS_MOST: Final = 1_000
-"""Engines are few. This bounds what a store with damaged names can make of them."""
+"""The most rows of a count. Engines are few, but a damaged store could have any number of names."""
 
-# By the index of unfinished runs. Ended runs are not counted: there may be millions.
+# Reads the index of unfinished runs. Ended runs are not counted: there may be millions.
 _BY_STATUS: Final = (
     "SELECT r.status, r.engine, COUNT(*),"
     " MIN(CASE WHEN r.status = 'QUEUED' THEN r.queued_at ELSE i.asked_at END)"
@@ -31,7 +31,8 @@ class RunCount:
     """Unfinished runs of one engine with one status.
 
     Attributes:
-        oldest_since: since when the run that is queued, or waits, longest does so; None for others.
+        oldest_since: since when the run with the longest wait is QUEUED or WAITING_USER; None for
+            other statuses.
     """
 
     status: RunStatus
@@ -50,5 +51,5 @@ def count_unfinished(db: Database, owner: Owner) -> list[RunCount]:
             oldest_since=from_us_or_none(since),
         )
         for status, engine, runs, since in db.fetch_all(_BY_STATUS, (owner.instance,))
-        if status in set(RunStatus)  # a damaged word is found by the next restart
+        if status in set(RunStatus)  # damaged: the next restart finds it
     ]

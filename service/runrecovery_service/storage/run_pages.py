@@ -18,7 +18,7 @@ from runrecovery_service.storage.rows import to_us
 _R = tables.Run
 
 ENGINES_MERGED: Final = 100
-"""The most engines whose runs are read from the index. SQLite merges 500 queries at most."""
+"""The most engines whose runs are read from the index. SQLite merges at most 500 queries."""
 
 
 def page(
@@ -52,11 +52,11 @@ def page(
 
 
 def _reads_index(wanted: RunFilter, engines: int) -> bool:
-    """Return whether the newest runs of each engine are soon found by the index of engines.
+    """Return whether a page is read fastest by the index of engines.
 
-    With a status and several engines they may not be: one engine can have many ended runs and none
-    that waits, and all of its runs would be read, although another engine fills the page. Of one
-    engine the index always has fewer runs to read than the table.
+    With one engine it is: the index has fewer runs to read than the table. With several engines and
+    a status it may not be. If one engine has many runs but none with the status, all of its runs
+    would be read, although another engine fills the page.
     """
     if wanted.labels or engines > ENGINES_MERGED:
         return False
@@ -76,13 +76,14 @@ def _first_of_each(
     *,
     oldest_first: bool,
 ) -> pw.SelectQuery:
-    """Return a query for the keys of a page and of one more run, and perhaps of later ones.
+    """Return a query for the keys of a page and one more run; later runs may follow.
 
-    It reads the first runs of each engine from an index. Otherwise a page of few engines would
-    walk the runs of all others.
+    The query reads the first runs of each engine from an index. Without the index, a page of few
+    engines would read the runs of all others.
     """
     run = tables.Run.alias()
-    # The condition of the index, which no other statement repeats: the index is not meant for them.
+    # Repeats the condition of the index. Other statements lack it, so that they do not use the
+    # index.
     conditions = [pw.SQL("run_id <> ''"), *_conditions(run, wanted)]
     if after is not None:
         conditions.append(_is_after(run.id, after, oldest_first=oldest_first))

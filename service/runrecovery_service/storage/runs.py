@@ -1,4 +1,4 @@
-"""Runs: create, read, list and cancel them; and the compare-and-set that changes them."""
+"""Use cases of runs (create, read, list, cancel), and the compare-and-set that changes a run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _LEFT_OUT: Final = {
         "input": "NULL", "output": "NULL", "prompt": "''", "options": "'[]'", "tool_call": "NULL"
     },
 }  # fmt: skip
-"""The columns that a view does not read, and the SQL that replaces them."""
+"""By view: the columns that it does not read, and the SQL in their place."""
 
 
 def select(view: View = View.FULL) -> pw.ModelSelect[tables.Run]:
@@ -145,7 +145,10 @@ def page_of(
 ) -> Page[Run]:
     """Return a page of the rows of several queries that are built on `select()`.
 
-    A query is run only if the queries before it did not fill the page.
+    A query runs only if the queries before it did not fill the page.
+
+    Args:
+        key: returns the position of a row, from which the next page continues.
     """
     rows = chain.from_iterable(db.peewee.execute(query.limit(limit + 1)) for query in queries)
     return use_case.page_of(
@@ -221,7 +224,7 @@ def create(
     receipt: Receipt | None,
     now: datetime,
 ) -> Run:
-    """Create a QUEUED run. For a receipt that is already recorded, return its run as it is now.
+    """Create a QUEUED run. If the receipt is already recorded, return the run it names instead.
 
     Raises:
         RunAlreadyExists: another request has created a run with this id.
@@ -255,7 +258,7 @@ def create(
         now=to_us(now),
     ).fetchone()
     if row is None:
-        if requests.find_effect(db, receipt) is not None:  # another caller sent the same request
+        if requests.find_effect(db, receipt) is not None:  # the same request arrived twice
             raise Stale
         raise RunAlreadyExists(new.run_id)
     run = new_run_from_row(row)
@@ -286,30 +289,30 @@ def change(
     by_caller: object = False,
     **columns: object,
 ) -> None:
-    """Change columns of a run if its row is still the one that was read in this transaction.
+    """Change columns of a run, if the row has not changed since this transaction read it.
 
-    Every change of a run uses this function, except those of recovery and ReopenRun. A terminal
-    status also clears the run's session, open question and deadlines.
+    All changes of runs use this function, except those by recovery and ReopenRun. A terminal status
+    also clears the run's session, open question and deadlines.
 
     Args:
-        run: as read in this transaction.
+        run: the run as this transaction has read it.
         status: the new status; None: keep the status.
         event: the event to record; None: the event of the new status, if there is one.
         about: the interaction_id that the event is about.
-        caller: the caller that causes the event.
-        by_caller: a caller asks for the change. Then the run may be another instance's on
-            PostgreSQL, and stays that instance's.
+        caller: the name of the caller that causes the event; None: no named caller does.
+        by_caller: whether a caller requests the change. On PostgreSQL the run may then belong to
+            another instance, which keeps it.
 
     Raises:
-        Stale: the row has changed meanwhile. `retried` starts the use case again.
-        RunOfAnotherInstance, Fenced: see `demand_own`.
+        Stale: the row has changed meanwhile; `retried` then repeats the use case.
+        RunOfAnotherInstance, Fenced: this epoch may not write the run; see `demand_own`.
     """
     if not (by_caller and is_of_peer(db, run, owner)):
         demand_own(run, owner)
     if run.status is None:
         raise RunQuarantined(run.run_id)
     if status is not None:
-        # Only recovery may write the same status again. Here it would be a write done twice.
+        # Only recovery may write the same status again. Here the write would be a repetition.
         if status is run.status or not is_legal(run.status, status):
             raise ValueError(f"{run.status} may not become {status}")
         columns |= _entered(run.status, status, now)
@@ -331,15 +334,15 @@ def change(
             now=now,
         )
     if status is not None and status.is_terminal:
-        # After the run, in the order of a reply: one order of locks excludes a deadlock.
+        # After the run's row, as in a reply: the same order of locks everywhere excludes deadlocks.
         close_questions(db, run)
 
 
 def _compare_and_set(
     db: Database, run: Run, status: RunStatus, columns: Mapping[str, object]
 ) -> None:
-    # The owner and its epoch are part of the comparison: a recovery or a takeover may move a run to
-    # another epoch or instance without a new version.
+    # The comparison includes owner and epoch, because a recovery or takeover may change them
+    # without a new version.
     assignments = ", ".join(f"{name} = ?" for name in columns)
     changed = db.execute(
         f"UPDATE run SET {assignments}"
@@ -359,7 +362,7 @@ def _compare_and_set(
 
 
 def is_of_peer(db: Database, run: Run, owner: Owner) -> bool:
-    """Return True if another instance on the same PostgreSQL database owns the run."""
+    """Return whether another instance on the same PostgreSQL database owns the run."""
     return db.dialect.kind is DatabaseKind.POSTGRESQL and run.owner != owner.instance
 
 
@@ -388,7 +391,7 @@ def _entered(before: RunStatus, status: RunStatus, now: datetime) -> dict[str, o
 
 
 def close_questions(db: Database, run: Run) -> None:
-    """Close every question of the run whose reply no process has received."""
+    """Close the run's questions, except those whose reply a process has received."""
     db.execute(
         "UPDATE interaction SET state = 'CLOSED' WHERE run = ? AND state IN ('OPEN', 'ANSWERED')",
         (run.key,),
@@ -412,11 +415,11 @@ def cancel(
     now: datetime,
     caller: str | None = None,
 ) -> Run:
-    """Accept a cancel. Idempotent.
+    """Accept the cancel of a run. Idempotent.
 
-    A run without a process becomes CANCELED at once. A run with a process becomes CANCELED when
-    the process has ended. A repeated cancel is announced again: the turn may have missed the first.
-    On PostgreSQL the run may be another instance's, which ends the process.
+    A run without a process becomes CANCELED at once. A run with a process becomes CANCELED when the
+    process has ended. A repeated cancel is announced again, because the turn may have missed the
+    first. On PostgreSQL the run may belong to another instance, which then ends the process.
 
     Raises:
         RunNotFound, RunAlreadyTerminal, RunQuarantined, EtagMismatch, RequestIdReused.

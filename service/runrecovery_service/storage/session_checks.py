@@ -1,4 +1,4 @@
-"""The sessions that a recovery checks, and the findings of those checks."""
+"""The stored sessions that a recovery checks, and the results of the checks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from runrecovery_service.storage.tables import live
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSession:
-    """The session that a run would be resumed with. `handle` is a secret.
+    """The session with which a run would be resumed. `handle` is a secret.
 
     Attributes:
-        fingerprint: that of the session file at the latest question; None: not recorded.
+        fingerprint: of the session file at the time of the latest question; None: not recorded.
         finding: the result of the latest check; None: not checked.
-        in_turn: an interrupted turn of the run is to be resumed.
+        in_turn: whether the run will resume an interrupted turn, not continue after a question.
     """
 
     run_key: int
@@ -38,13 +38,13 @@ IN_TURN: Final = (
     f" WHERE a.run = r.id AND a.no = r.interaction_count"
     f" AND a.state = '{InteractionState.ANSWERED}') THEN 1 ELSE 0 END"
 )
-"""Whether the session of a run `r` is that of an interrupted turn that is to be resumed."""
+"""SQL for `StoredSession.in_turn` of a run `r`, as 0 or 1."""
 
 
 def sessions_to_check(
     db: Database, scope: RecoveryScope, *, engine: str, after: int, limit: int
 ) -> list[StoredSession]:
-    """Return the sessions of an engine's runs in scope whose key is above `after`, by key."""
+    """Return sessions of an engine's runs in scope with a key above `after`, ordered by key."""
     rows = db.fetch_all(
         "SELECT r.id, r.attempt, r.session_value, r.session_mark, r.session_verdict,"
         f" r.session_reason, {IN_TURN} FROM run r"
@@ -64,7 +64,7 @@ def stored_session(
     reason: str | None,
     in_turn: int,
 ) -> StoredSession:
-    """Return the session that the columns of a run describe."""
+    """Return the session from the columns of a run."""
     return StoredSession(
         run_key=run_key,
         attempt=attempt,
@@ -76,7 +76,11 @@ def stored_session(
 
 
 def record_findings(db: Database, scope: ApplyScope, found: Mapping[int, SessionFinding]) -> None:
-    """Record the findings of session checks, by run key."""
+    """Record the results of session checks.
+
+    Args:
+        found: the result for each run, by run key.
+    """
     with db.transaction():
         for run_key, finding in found.items():
             db.execute(

@@ -1,11 +1,11 @@
 """Moves runs between the instances on one PostgreSQL database.
 
-An idle instance takes queued runs of a busy one. An instance that stops hands runs over to its
-peers. Each move compares the owner and the epoch in the row: a run that its owner starts at the
-same moment does not move.
+An idle instance takes queued runs of a busy instance. An instance that stops hands runs over to its
+peers. Each move checks owner and epoch in the row, so that a run does not move if its owner starts
+it at the same moment.
 
-A run that resumes a session needs the files of its host. If instances do not share workspaces, a
-run moves only if its next turn starts from the beginning, in an empty workspace.
+To resume a session, a run needs files on its host. If instances do not share workspaces, a run
+moves only if its next turn starts from the beginning in an empty workspace.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from runrecovery_service.storage.rows import json_value, to_us
 from runrecovery_service.storage.tables import live, sql_words
 
 OWNER_FIRST_S: Final = 1.0
-"""Peers may take a run only when it has been in its owner's queue for this long.
+"""How long a run must be in its owner's queue before peers may take it.
 
 The clocks of two hosts decide that. However much they differ, a peer waits for twice this time at
 most."""
@@ -44,10 +44,10 @@ _FROM_BEGINNING: Final = (
 )
 _QUEUED: Final = (
     f"r.status = '{RunStatus.QUEUED}' AND r.recovery_state <> 'QUARANTINED'"
-    # A newer version may have stored a policy that this one does not know. Instances of the newer
-    # version start such a run.
+    # A newer version may have stored a policy that this version does not know. Instances of the
+    # newer version start the run.
     f" AND r.restart_policy IN ({sql_words(frozenset(RestartPolicy))})"
-    # A process of the run may still live on the host of its owner.
+    # While a launch is not CLOSED, a process of the run may be alive on its owner's host.
     " AND NOT EXISTS (SELECT 1 FROM process_lease l WHERE l.run = r.id AND l.state <> 'CLOSED')"
 )
 _WAITING: Final = (
@@ -60,16 +60,16 @@ def _marks(values: Collection[object]) -> str:
     return ", ".join("?" for _ in values)
 
 
-# -- an idle instance takes ------------------------------------------------------------------
+# -- an idle instance takes runs ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taker:
-    """An instance with a free slot.
+    """An instance with a free slot, which may take a run of a peer.
 
     Attributes:
         engines: the engines for which the instance has a free slot.
-        shares_workspaces: the instance can resume sessions of other instances.
+        shares_workspaces: whether the instance can resume sessions of other instances.
     """
 
     owner: Owner
@@ -78,12 +78,12 @@ class Taker:
 
 
 def find_peer(db: Database, taker: Taker, *, now: datetime) -> str | None:
-    """Return the owner of the longest-queued run of all peers; None if no run can be taken."""
+    """Return the peer with the run that has been queued longest; None if no run can be taken."""
     which, params = _takeable(taker, now)
     row = db.fetch_one(
         "SELECT i.name FROM instance i CROSS JOIN LATERAL (SELECT r.id, r.queued_at FROM run r"
         f" WHERE r.owner = i.name AND {which} ORDER BY r.queued_at, r.id LIMIT 1) AS oldest"
-        f" WHERE i.name <> ? AND {_gives(db)} ORDER BY oldest.queued_at, oldest.id LIMIT 1",
+        f" WHERE i.name <> ? AND {_is_giver(db)} ORDER BY oldest.queued_at, oldest.id LIMIT 1",
         (*params, taker.owner.instance),
     )
     return None if row is None else str(row[0])
@@ -92,9 +92,10 @@ def find_peer(db: Database, taker: Taker, *, now: datetime) -> str | None:
 def take_from(
     db: Database, taker: Taker, peer: str, *, now: datetime, steady: SteadyTime
 ) -> str | None:
-    """Move the longest queued run of a peer to the taker's queue, and return its run_id.
+    """Move the run that a peer has queued longest to the taker's queue; return its run_id.
 
-    None: the peer has started it, another instance has taken it, or the peer is dead.
+    Return None if there is no such run any more: the peer has started it or is dead, or another
+    instance has taken the run.
     """
     which, params = _takeable(taker, now)
     with db.transaction():
@@ -102,7 +103,7 @@ def take_from(
             "UPDATE run SET owner = ?, owner_epoch = ?, version = version + 1, updated_at = ?"
             " WHERE id = ("
             "SELECT r.id FROM run r JOIN instance i ON i.name = r.owner"
-            f" WHERE r.owner = ? AND {which} AND {_gives(db)}"
+            f" WHERE r.owner = ? AND {which} AND {_is_giver(db)}"
             " ORDER BY r.queued_at, r.id LIMIT 1 FOR UPDATE OF r SKIP LOCKED)"
             " RETURNING id, run_id",
             (taker.owner.instance, taker.owner.epoch, to_us(now), peer, *params),
@@ -116,10 +117,10 @@ def take_from(
     return str(run_id)
 
 
-def _gives(db: Database) -> str:
-    """Return the condition for instances `i` whose runs may be taken.
+def _is_giver(db: Database) -> str:
+    """Return an SQL condition for instances `i` whose queued runs may be taken.
 
-    They are alive, or have completed a planned stop. A takeover decides on the runs of dead ones.
+    They are alive, or have made a planned stop. The runs of dead instances are left to takeovers.
     """
     return (
         "i.taken_over_by IS NULL"
@@ -128,10 +129,10 @@ def _gives(db: Database) -> str:
 
 
 def _takeable(taker: Taker, now: datetime) -> tuple[str, tuple[object, ...]]:
-    """Return the condition for runs `r` of an instance `i` that may be taken, and its parameters.
+    """Return an SQL condition for the runs `r` that may be taken from `i`, and its parameters.
 
-    Not taken: runs of an earlier epoch, which their owner's recovery decides; and runs that pause
-    before they are resumed, which their owner's deadlines queue.
+    Runs of an earlier epoch are left to their owner's recovery. Runs that pause before a resume are
+    left to their owner's deadlines.
     """
     condition = (
         f"{_QUEUED} AND r.owner_epoch = i.epoch AND r.resume_due_us IS NULL"
@@ -145,23 +146,23 @@ def _takeable(taker: Taker, now: datetime) -> tuple[str, tuple[object, ...]]:
 
 
 def _move_deliveries(db: Database, instance: str, run_keys: Collection[int]) -> None:
-    """Give the new owner the waiting deliveries of the runs, so that their order is kept."""
+    """Move the runs' waiting webhook deliveries to the new owner, so that their order is kept."""
     db.execute(
         f"UPDATE webhook_delivery SET instance = ? WHERE run IN ({_marks(run_keys)})",
         (instance, *run_keys),
     )
 
 
-# -- an instance that stops hands over -------------------------------------------------------
+# -- a stopping instance hands runs over -------------------------------------------------------
 
 
 @dataclass(slots=True, kw_only=True)
 class Peer:
-    """A living peer.
+    """A living peer, to which runs can be handed over.
 
     Attributes:
-        slots: the most processes that it runs at one time.
-        load: the number of its queued and running runs, handed-over runs included.
+        slots: the number of processes that it can run at one time.
+        load: the number of its queued and running runs, including runs handed over so far.
     """
 
     name: str
@@ -182,7 +183,7 @@ class Spread:
 
     Attributes:
         keys: the keys of the runs for each peer, by the name of the peer.
-        after: the key of the last run of the page. The next page begins after it.
+        after: the key of the page's last run, after which the next page begins.
     """
 
     keys: dict[str, list[int]] = field(default_factory=dict)
@@ -209,11 +210,11 @@ def spread(runs: Iterable[tuple[int, str]], peers: Collection[Peer]) -> Spread:
 
 
 def living_peers(db: Database, owner: Owner) -> list[Peer]:
-    """Return the peers that hold a lease, are not stopping, and are not in safe mode."""
+    """Return the peers that have a current lease, are not stopping, and not in safe mode."""
     rows = db.fetch_all(
         "SELECT i.name, i.epoch, i.engines, i.max_running, (SELECT count(*) FROM run r"
         f" WHERE r.owner = i.name AND r.status IN ('{RunStatus.QUEUED}', '{RunStatus.RUNNING}')"
-        f" AND {live('r.')})"  # for the partial index: ended runs are not read
+        f" AND {live('r.')})"  # uses the partial index, which has no ended runs
         f" FROM instance i WHERE i.name <> ? AND i.lease_until > {db.dialect.now_us}"
         " AND i.stopped_at IS NULL AND i.taken_over_by IS NULL"
         " AND NOT EXISTS (SELECT 1 FROM reconciliation c WHERE c.instance = i.name"
@@ -240,9 +241,9 @@ def hand_over(
     now: datetime,
     rows: int = ROWS_AT_ONCE,
 ) -> Mapping[str, int]:
-    """Hand runs without a process over to living peers, and return the number for each peer.
+    """Hand over runs without a process to living peers, and return the number by peer name.
 
-    The owner must have stopped taking runs from its queue.
+    Before this, the owner must have stopped taking runs from its own queue.
 
     Args:
         shares_workspaces: also hand over runs that wait for a reply, or will resume a session.
@@ -278,10 +279,10 @@ def _hand_over_page(
     now: datetime,
     rows: int,
 ) -> Spread | None:
-    """Hand over the next page of runs; None if no run is left.
+    """Hand over the next page of runs; return None if no run is left.
 
     Raises:
-        Stale: a peer has ended meanwhile, and was removed from `peers`. Try the page again.
+        Stale: a peer has ended meanwhile, and was removed from `peers`. Repeat the page.
     """
     which = f"{_QUEUED} AND {_FROM_BEGINNING}"
     if shares_workspaces:
@@ -305,7 +306,8 @@ def _hand_over_page(
 
 def _move(db: Database, owner: Owner, peer: Peer, keys: Collection[int], *, now: datetime) -> bool:
     """Make a peer the owner of these runs; return False if the peer has ended."""
-    # FOR SHARE: the peer's epoch cannot change before the commit, so its next start finds the runs.
+    # FOR SHARE keeps the peer's epoch until the commit, so that the peer's next start finds the
+    # runs.
     alive = db.fetch_one(
         "SELECT 1 FROM instance_epoch WHERE name = ? AND epoch = ? FOR SHARE",
         (peer.name, peer.epoch),

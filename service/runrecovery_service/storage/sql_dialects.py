@@ -8,7 +8,7 @@ from typing import Final
 
 
 class DatabaseKind(StrEnum):
-    """A kind of database that can hold the store."""
+    """The kinds of database that can contain the store."""
 
     SQLITE = "sqlite"
     POSTGRESQL = "postgresql"
@@ -19,10 +19,10 @@ class SqlDialect:
     """The parts of hand-written SQL that depend on the kind of database.
 
     Attributes:
-        param: the driver's mark for a parameter.
-        now_us: microseconds UTC by the database's clock. PostgreSQL's clock moves on within a
-            transaction.
-        log_position: the columns that `commit_history.position_of` parses.
+        param: the driver's placeholder for a parameter.
+        now_us: an expression for the current time of the database's clock, in microseconds UTC. In
+            PostgreSQL the time advances within a transaction.
+        log_position: the columns for `commit_history.position_of`.
     """
 
     kind: DatabaseKind
@@ -31,14 +31,14 @@ class SqlDialect:
     log_position: str
 
     def is_json(self, expression: str) -> str:
-        """Return a condition that is true when a text column can be parsed as JSON."""
+        """Return an SQL condition: the text is valid JSON."""
         if self.kind is DatabaseKind.SQLITE:
             return f"json_valid({expression})"
         return f"({expression}) IS JSON"
 
 
 NO_POSITION: Final = "'', 0, 0"
-"""The value of `SqlDialect.log_position` where the database does not report positions."""
+"""`SqlDialect.log_position` for a database that does not report positions."""
 SQLITE: Final = SqlDialect(
     kind=DatabaseKind.SQLITE,
     param="?",

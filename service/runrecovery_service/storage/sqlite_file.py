@@ -30,10 +30,10 @@ SQLITE_PRAGMAS: Final = {
 
 
 def sqlite_path(url: str, data_dir: Path) -> Path | None:
-    """Return the file that the key `database` names, None for a PostgreSQL database.
+    """Return the file that the key `database` names; None for PostgreSQL.
 
-    Symbolic links are followed: SQLite keeps the log beside the link's target, and the service's
-    own files belong beside the log.
+    Symbolic links are followed. SQLite keeps the log next to the link's target, and the service's
+    own files belong next to the log.
     """
     if not url:
         return Path(os.path.realpath(data_dir / "runrecovery.db"))
@@ -43,7 +43,7 @@ def sqlite_path(url: str, data_dir: Path) -> Path | None:
 
 
 def path_lock(path: Path) -> Path:
-    """Return the lock file beside a SQLite file. It guards the path before the file exists."""
+    """Return the lock file next to a SQLite file, which locks the path even without that file."""
     return path.with_name(path.name + ".lock")
 
 
@@ -68,7 +68,7 @@ class _Sqlite(pw.SqliteDatabase):
 
 
 def connect_sqlite(path: Path) -> Database:
-    """Open a SQLite file and prove that every setting is in force.
+    """Open a SQLite file, and check that every setting has taken effect.
 
     Raises:
         DatabaseRefused: SQLite ignores a setting.
@@ -90,7 +90,8 @@ def connect_sqlite(path: Path) -> Database:
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
     """Open a SQLite file for reading. Neither the connection nor its close changes a file."""
-    # Without a -wal file no process has the store open, and SQLite need not create files beside it.
+    # Without a -wal file, no process has the store open. `immutable` then keeps SQLite from
+    # creating files next to it.
     unused = not path.with_name(path.name + "-wal").exists()
     uri = f"{path.absolute().as_uri()}?{'immutable=1' if unused else 'mode=ro'}"
     timeout_s = int(SQLITE_PRAGMAS["busy_timeout"]) / 1000  # type: ignore[call-overload]
@@ -98,7 +99,7 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
 
 
 def lost_commits(path: Path) -> str | None:
-    """Return why a store that lacks acknowledged commits is refused, None if it lacks none.
+    """Return how many acknowledged commits a store lacks, as a reason to refuse it; None: no loss.
 
     The store is only read.
     """

@@ -1,4 +1,4 @@
-"""The header of a SQLite file: the first 100 bytes, which say whose file it is."""
+"""The header of a SQLite file: its first 100 bytes, which identify the application."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def check_header(path: Path) -> None:
     """Refuse a file of another application, before SQLite opens the file and may change it.
 
     Raises:
-        DatabaseRefused: the file is empty, foreign, or has a second name.
+        DatabaseRefused: the file is empty, belongs to another application, or has a second hard
+            link.
     """
     with path.open("rb") as file:
         header = file.read(SQLITE_HEADER_SIZE)
         links = os.fstat(file.fileno()).st_nlink
     if not header:
-        raise DatabaseRefused(str(path), "is empty; it was truncated, or is not ours")
+        raise DatabaseRefused(str(path), "is empty; it was truncated, or never filled")
     if not header.startswith(SQLITE_MAGIC) or len(header) < SQLITE_HEADER_SIZE:
         raise DatabaseRefused(str(path), "is not a SQLite database")
     (application_id,) = struct.unpack(">I", header[68:72])
@@ -34,4 +35,4 @@ def check_header(path: Path) -> None:
         raise DatabaseRefused(str(path), "belongs to another application")
     # SQLite keeps one log per name: a start would miss the commits in the log of the other name.
     if links > 1:
-        raise DatabaseRefused(str(path), "has another name (a hard link); remove that one")
+        raise DatabaseRefused(str(path), "has another name (a hard link); remove the other name")

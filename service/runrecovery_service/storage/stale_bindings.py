@@ -1,4 +1,4 @@
-"""Clears what ended runs still have."""
+"""Clears sessions and open questions that ended runs should not have."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _TERMINAL: Final = sql_words(tuple(s.value for s in RunStatus if s.is_terminal))
 def clear_stale_bindings(db: Database, owner: Owner) -> Tally:
     """Clear sessions and open questions of ended runs.
 
-    Every end of a run clears them already. This repairs rows that were changed by hand; it finds
-    them through indexes that are otherwise empty.
+    Every end of a run clears them already, so this only repairs rows that were changed by hand. It
+    finds these rows by partial indexes, which are otherwise empty.
     """
     ended = f"status IN ({_TERMINAL})"
     with db.transaction():

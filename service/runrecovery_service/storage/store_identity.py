@@ -1,4 +1,4 @@
-"""The id of a store, and keys that are made from it. A backup keeps it."""
+"""The id of a store, and keys that are derived from it. A backup has the same id."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runrecovery_service.storage.sqlite_file import connect_read_only
 
 
 def store_id(db: Database, *, new: str) -> str:
-    """Return the id of the store, which becomes `new` if the store has none."""
+    """Return the id of the store. If the store has none, store `new` as its id."""
     if (found := stored_id(db)) is not None:
         return found
     with db.transaction():
@@ -25,13 +25,16 @@ def store_id(db: Database, *, new: str) -> str:
 
 
 def store_key(db: Database, purpose: str) -> bytes:
-    """Return a secret key: the same for every instance on the store, and after every restart.
+    """Return a secret key that is the same for all instances on the store and after restarts.
 
-    It is made from the store's id, which is random and given to no caller.
+    It is derived from the store's id, which is random and never given to callers.
+
+    Args:
+        purpose: each purpose has a different key.
 
     Raises:
         LookupError: the store has no id yet.
-        DatabaseRefused, DatabaseOutOfReach: see `refusing`; a start is what makes keys.
+        DatabaseRefused, DatabaseOutOfReach: the store cannot be read; only a start derives keys.
     """
     with refusing(db.name):
         found = stored_id(db)
@@ -41,11 +44,11 @@ def store_key(db: Database, purpose: str) -> bytes:
 
 
 def sqlite_store_id(path: Path) -> str | None:
-    """Return the id of a sound SQLite store, None if it has none. The store is only read."""
+    """Return the id of an undamaged SQLite store; None if it has none. The store is only read."""
     with contextlib.closing(connect_read_only(path)) as connection:
         try:
             row = connection.execute("SELECT store_id FROM store_identity").fetchone()
-        except sqlite3.OperationalError:  # an older version made it, and the next start migrates it
+        except sqlite3.OperationalError:  # of an older version, which the next start migrates
             return None
     return None if row is None else str(row[0])
 

@@ -1,4 +1,4 @@
-"""Times one request to the store, and counts it if the store failed."""
+"""Measures the duration of requests to the store, and counts failures of the store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STORE_ERRORS: Final = (StorageBusy, StorageFull, StorageUnavailable)
 
 
 class StoreTimer:
-    """A context manager around one request. On the event loop only.
+    """A context manager around one request. Use it on the event loop only.
 
     Args:
         operation: one of `OPERATIONS`.

@@ -1,7 +1,7 @@
 """The tables as this version reads and writes them. `migrations/` creates them.
 
-Not here: `migration_checksum` and, in a SQLite store, `commit_count`. They are bookkeeping of the
-store itself, which `migrate.py` and `commit_count.py` read before a store counts as usable.
+Two tables are not declared here: `migration_checksum` and, in a SQLite store, `commit_count`.
+`migrate.py` and `commit_count.py` read them before the store may be used.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from runrecovery_service.domain.run import TERMINAL, RecoveryState
 
 
 def sql_words(words: frozenset[str] | tuple[str, ...]) -> str:
-    """Return words as the inside of a SQL `IN (…)`. Only for constants of the service."""
+    """Return words as a list for SQL's IN. Only for constants: nothing is escaped."""
     return ", ".join(f"'{word}'" for word in sorted(words))
 
 
 def live(of: str = "") -> str:
-    """Return the condition for runs that a restart must decide on.
+    """Return an SQL condition for runs that a restart must decide on.
 
-    The partial index has the same text; otherwise the database would not use the index.
+    The text is that of a partial index; with another text, the database would not use the index.
 
     Args:
         of: a prefix of the columns, for example `r.`.
@@ -39,16 +39,18 @@ class Run(pw.Model):
     """One row per run, clustered by `id`.
 
     `…_due_us` are deadlines on the steady clock `due_clock`. `retired_…` is the session of a failed
-    run that can be reopened until `reopenable_until`. `session_mark` is the session fingerprint of
-    the latest question. `interrupted_…` is the interruption after which the next turn, or the
-    current one, resumes the session. `resume_count` counts the resumes of that turn.
-    `questions_before` is the `interaction_count` at the start of the latest attempt.
-    `…_tokens`, `cost_nanos` and `model` are the sum of what the turns have used; `model` is NULL
-    until the first report. `session_usage` is what the next process of the session subtracts from
-    the total that it reports, and from the calls in its session file if it is killed.
+    run that can be reopened until `reopenable_until`. `session_mark` is the session fingerprint at
+    the latest question. `interrupted_…` describes the interruption from which the next or current
+    turn resumes. `resume_count` counts the resumes of the interrupted turn. `questions_before` is
+    the `interaction_count` at the start of the latest attempt.
 
-    `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version that runs
-    beside this one may write an unknown word; recovery quarantines such a row and does not fail.
+    `…_tokens` and `cost_nanos` are the summed usage of all turns. `model` is the latest reported
+    model, NULL until the first report. `session_usage` is the usage that earlier processes of the
+    session have reported. It is subtracted from the totals that the next process reports, or that
+    its session file shows after a kill.
+
+    `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version on the same
+    database may write an unknown value, and recovery must be able to quarantine a damaged row.
     """
 
     id = pw.BigAutoField()
@@ -126,7 +128,7 @@ class Run(pw.Model):
 
 
 class Interaction(pw.Model):
-    """A question of a run; `no` is its interaction_id."""
+    """A question of a run. `no` is its interaction_id."""
 
     run = pw.BigIntegerField()
     no = pw.BigIntegerField()
@@ -148,10 +150,10 @@ class Interaction(pw.Model):
 
 
 class RunEvent(pw.Model):
-    """One event of a run; `no` is its sequence.
+    """One event of a run. `no` is its sequence number.
 
-    The creation, 1, and the events of `RecoveryEvent` have no row here. `usage` is what the turn
-    that ended with the event has used. `message` is a text of the agent.
+    The creation (event 1) and decisions of recoveries (`RecoveryEvent`) have no row here. `usage`
+    is the usage of the turn that ended with the event. `message` is a text of the agent.
     """
 
     run = pw.BigIntegerField()
@@ -174,7 +176,8 @@ class RunEvent(pw.Model):
 class RemovedPart(pw.Model):
     """A part of a run that retention has removed: outputs, workspaces or events.
 
-    A table of its own: to change a column of a run, SQLite rewrites the row, up to a megabyte.
+    This is a separate table because SQLite would rewrite the whole row of the run, up to a
+    megabyte.
     """
 
     run = pw.BigIntegerField()
@@ -230,7 +233,7 @@ class RecoveryEvent(pw.Model):
 
 
 class Reconciliation(pw.Model):
-    """The report of one recovery. JSON columns hold values that are always read as a whole."""
+    """The report of one recovery. JSON columns have values that are always read as a whole."""
 
     id = pw.BigAutoField()
     reconciliation_id = pw.TextField(unique=True)
@@ -276,12 +279,12 @@ class Quarantine(pw.Model):
 class Instance(pw.Model):
     """A configured replica of the service. `epoch` counts its starts.
 
-    `engines` is a JSON list of names. `max_running` is the number of its slots, `version` that of
-    its software. `stopped_at` is the planned stop that ended the epoch. `taken_over_…` and
-    `takeover_done_at` are about the takeover of this epoch by another instance: `taken_over_by` is
-    the name of that one. Runs that wait for the host of the instance wait until
-    `host_return_until`. These times and `lease_until` are of the database's clock.
-    `time_confirmed_at` is the latest time of the wall clock by which retention has removed.
+    `engines` is a JSON list of names, `max_running` the number of slots, `version` the version of
+    the service. `stopped_at` is the time of the planned stop that ended the epoch. `taken_over_by`
+    names the instance that has taken over this epoch; `taken_over_at` and `takeover_done_at` are
+    the begin and the end of the takeover. Runs that need the host of this instance wait for it
+    until `host_return_until`. All these times and `lease_until` are of the database's clock.
+    `time_confirmed_at` is the latest wall-clock time that retention has found correct.
     """
 
     name = pw.TextField(primary_key=True)
@@ -308,9 +311,9 @@ class Instance(pw.Model):
 
 
 class InstanceEpoch(pw.Model):
-    """The epoch of an instance again, in a row that writers lock.
+    """A copy of the instance's epoch, in a row that writers lock.
 
-    A claim waits for the writers' locks; a renewal of the lease does not.
+    A claim waits for these locks. A renewal of the lease, which is in another row, does not.
     """
 
     name = pw.TextField(primary_key=True)
@@ -322,9 +325,9 @@ class InstanceEpoch(pw.Model):
 
 
 class ProcessLease(pw.Model):
-    """One launch record, written before the spawn. `pid` and `start_ticks` are the shim's.
+    """One launch record, written before the spawn.
 
-    `usage` is what the turn has used so far.
+    `pid` and `start_ticks` identify the shim. `usage` is the usage of the turn so far.
     """
 
     id = pw.BigAutoField()
@@ -375,19 +378,14 @@ class EngineUsage(pw.Model):
         primary_key = pw.CompositeKey("engine", "instance")
 
 
-class ModelUsage(pw.Model):
-    """The same by model: as agents name it, '' for none, 'other' if there are too many."""
+class ModelUsage(EngineUsage):
+    """The total usage of one engine's model, in turns that one instance supervised.
 
-    engine = pw.TextField()
-    instance = pw.TextField()
+    `model` is the name from the agent, '' if the agent named none, or 'other' for all models above
+    the limit.
+    """
+
     model = pw.TextField()
-    turns = pw.BigIntegerField()
-    input_tokens = pw.BigIntegerField()
-    cached_input_tokens = pw.BigIntegerField()
-    cache_write_input_tokens = pw.BigIntegerField()
-    output_tokens = pw.BigIntegerField()
-    reasoning_output_tokens = pw.BigIntegerField()
-    cost_nanos = pw.BigIntegerField(null=True)
 
     class Meta:
         table_name = "model_usage"
@@ -398,8 +396,9 @@ class TrustEntry(pw.Model):
     """A trust entry of the service in a file of an agent CLI.
 
     The row is written before the entry is added and deleted after the entry is removed.
-    `removed_at` is the time of the removal, `away` why the removal failed, `look_at` the time of
-    the next check. `added` is opaque here: the package `trust` writes and reads it.
+    `removed_at` is the time of the removal. `away` is the reason why a removal failed. `look_at` is
+    the time of the next check. `added` is opaque to the store: the package `trust` writes and reads
+    it.
     """
 
     file = pw.TextField()
@@ -425,7 +424,7 @@ class TrustEntry(pw.Model):
 class RequestReceipt(pw.Model):
     """The proof that a request was carried out, committed with its effect.
 
-    `owner` is the instance whose run it is; the receipt may outlive the run.
+    `owner` is the instance of the run. The receipt may exist longer than the run.
     """
 
     request_id = pw.TextField(primary_key=True)
@@ -440,10 +439,10 @@ class RequestReceipt(pw.Model):
 
 
 class WebhookDelivery(pw.Model):
-    """One event that one webhook has not got yet.
+    """One event that one webhook has not received yet.
 
-    `instance` delivers it: the owner of the run at the event. `given_up_at` is the time since when
-    it is no longer tried.
+    `instance` delivers the event; it owned the run at the time of the event. `given_up_at` is the
+    time at which the service stopped trying; NULL: it still tries.
     """
 
     id = pw.BigAutoField()

@@ -1,8 +1,9 @@
-"""Takes over the runs of an instance whose lease has run out. PostgreSQL only.
+"""Takes over the runs of an instance whose lease has ended. PostgreSQL only.
 
-A takeover raises the epoch of the dead instance. That fences the dead instance, and makes its runs
-those of an earlier epoch, as its own start would. The lease is not renewed, so the dead instance
-may start at any time. Its start raises the epoch again, and fences the takeover.
+A takeover raises the epoch of the dead instance, as the instance's own start would. The dead
+instance is then fenced, and its runs are of an earlier epoch. The takeover does not renew the
+lease, so the dead instance may start at any time. Its start raises the epoch again, and fences the
+takeover.
 
 The *successor* is the instance that takes over. If it dies as well, another instance repeats the
 takeover.
@@ -28,7 +29,7 @@ DELIVERIES_AT_ONCE: Final = 5_000
 
 
 class TakeoverFenced(Exception):
-    """The dead instance has started again, or another instance continues its takeover."""
+    """The takeover is over: the instance has started again, or another successor has begun."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +38,8 @@ class TakeoverRules:
 
     Attributes:
         owner: the successor.
-        shares_workspaces: the successor can read the sessions of other instances.
-        lease_ttl_s: after a planned stop, the instance has this time to start again before a
-            takeover.
+        shares_workspaces: whether the successor can read the sessions of other instances.
+        lease_ttl_s: how long an instance has after a planned stop to start again before a takeover.
         host_return_s: how long runs wait for the host that has their session.
     """
 
@@ -55,14 +55,14 @@ class Takeover:
 
     Attributes:
         dead: the dead instance, with the epoch and the boot token that the takeover gave it.
-        host_lost: the host of the dead instance did not return in time.
+        host_lost: whether the host of the dead instance has stayed away for `host_return_s`.
     """
 
     dead: Owner
     host_lost: bool
 
     def demand_current(self, db: Database) -> None:
-        """Check the takeover, and block its fencing until the caller's transaction ends.
+        """Check that the takeover is current, and keep it current until the transaction ends.
 
         Raises:
             TakeoverFenced: the takeover is over.
@@ -74,13 +74,13 @@ class Takeover:
 
 
 def _overdue(db: Database, rules: TakeoverRules) -> tuple[str, tuple[object, ...]]:
-    """Return the condition for instances `i` that need a takeover, and its parameters."""
+    """Return an SQL condition for instances `i` that need a takeover, and its parameters."""
     now = db.dialect.now_us
     successor_lives = (
         "SELECT 1 FROM instance r WHERE r.name = i.taken_over_by AND r.name <> ?"
         f" AND r.lease_until > {now}"
     )
-    # After a finished takeover, all runs that are left wait for their host.
+    # After a finished takeover, only runs that wait for their host are left.
     waits_no_more = (
         f"(i.taken_over_by IS NULL OR i.host_return_until <= {now}"
         + (" OR 1 = 1" if rules.shares_workspaces else "")
@@ -100,7 +100,7 @@ def _overdue(db: Database, rules: TakeoverRules) -> tuple[str, tuple[object, ...
 
 
 def overdue(db: Database, rules: TakeoverRules) -> list[str]:
-    """Return the names of the instances that are to be taken over."""
+    """Return the names of the instances that need a takeover."""
     condition, params = _overdue(db, rules)
     rows = db.fetch_all(
         f"SELECT i.name FROM instance i WHERE {condition} ORDER BY i.lease_until, i.name", params
@@ -119,9 +119,9 @@ def engines_of(db: Database, instance: str) -> frozenset[str]:
 
 
 def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
-    """Begin the takeover of an instance, and return it; None if it is not needed any more.
+    """Begin the takeover of an instance; return None if the instance no longer needs one.
 
-    The function waits for open transactions of the dead instance. Later ones are fenced.
+    The call waits for open transactions of the dead instance. Its later transactions are fenced.
     """
     condition, params = _overdue(db, rules)
     token, now = secrets.token_hex(16), db.dialect.now_us
@@ -134,7 +134,7 @@ def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
         db.fetch_one("SELECT 1 FROM instance_epoch WHERE name = ? FOR UPDATE", (instance,))
         if has_newer_words(db, instance):  # a replica of the newer version will take over
             return None
-        # This statement checks the lease again: the instance may have renewed it since the search.
+        # The statement checks the lease again, because the instance may have renewed it meanwhile.
         row = db.fetch_one(
             "UPDATE instance AS i SET epoch = i.epoch + 1, boot_token = ?, taken_over_by = ?,"
             f" taken_over_at = {now}, takeover_done_at = NULL, host_return_until = {until}"
@@ -155,7 +155,7 @@ def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
 def finish(db: Database, takeover: Takeover, successor: Owner) -> None:
     """Record that a takeover is complete.
 
-    The successor also becomes the successor of the instances that the dead one had taken over.
+    It also makes the successor responsible for instances that the dead instance had taken over.
     """
     with db.transaction():
         takeover.demand_current(db)
@@ -173,7 +173,10 @@ def finish(db: Database, takeover: Takeover, successor: Owner) -> None:
 
 
 def _deliveries(db: Database) -> str:
-    """Return the FROM clause of deliveries for a successor. Parameter: the successor's name."""
+    """Return an SQL FROM clause: webhook deliveries of instances that a successor has taken over.
+
+    Parameter: the successor's name.
+    """
     return (
         "FROM webhook_delivery d JOIN instance i ON i.name = d.instance"
         f" WHERE i.taken_over_by = ? AND i.lease_until <= {db.dialect.now_us}"
@@ -203,7 +206,7 @@ def take_deliveries(
         The number of deliveries that were moved.
 
     Raises:
-        RecoveryInterrupted: the service is to stop.
+        RecoveryInterrupted: `stopping` has returned True.
     """
     params: tuple[str, ...] = (successor.instance,)
     which = ""
@@ -216,8 +219,8 @@ def take_deliveries(
         if stopping():
             raise RecoveryInterrupted
         with db.transaction():
-            # A dead instance that starts waits until the commit, and then takes its deliveries
-            # back. The next statement sees the instances that have started before.
+            # The lock makes a dead instance that starts wait until the commit; it then takes its
+            # deliveries back. The next statement sees instances that started before the lock.
             db.fetch_all(
                 f"SELECT 1 FROM instance_epoch WHERE name IN ({dead_names})"
                 " ORDER BY name FOR SHARE",

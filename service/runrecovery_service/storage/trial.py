@@ -1,7 +1,7 @@
-"""Tries the statements of ordinary work for the health check, and rolls them back.
+"""Runs typical statements for the health check, and rolls their changes back.
 
-A successful renewal of the lease proves little: its row is on one page of a SQLite file. A damaged
-page elsewhere can prevent every queued run from being taken.
+A successful renewal of the lease proves little, because its row is on one page of a SQLite file. A
+damaged page elsewhere may make it impossible to take any run from the queue.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class _Undo(Exception):
 
 
 def read_newest_run(db: Database) -> None:
-    """Read the newest runs, as ListRuns does."""
+    """Read the newest run, as ListRuns does."""
     run_pages.page(db, RunFilter(), after=None, limit=1)
 
 
 def demand_rights(db: Database) -> None:
-    """Raise if the role lacks a privilege on any table, even on a seldom used one.
+    """Raise if the role lacks a privilege on any table, even on one that is seldom used.
 
     Raises:
         StorageUnavailable: a privilege or a table is missing.
@@ -51,7 +51,7 @@ def demand_rights(db: Database) -> None:
 def try_create_and_take(
     db: Database, *, owner: Owner, due_in: DueIn, steady: SteadyTime, now: datetime
 ) -> None:
-    """Create a run and take the next one, as CreateRun and the dispatcher do. Roll both back."""
+    """Create a run and take a run from the queue, as CreateRun and the dispatcher do; roll back."""
     new = NewRun(
         run_id=f"trial-{secrets.token_hex(16)}",
         engine="trial",

@@ -1,8 +1,8 @@
 """Trust entries: the service's entries in the files of agent CLIs, for the workspaces of runs.
 
-A row is written before its entry is added, and changed after the entry is removed: every entry in a
-file is recorded. The rows of one file change only while the lock beside the file is held; see
-`agents.trust_keeper`.
+A row is written before its entry is added, and changed after the entry is removed. So every entry
+in a file is recorded. The rows of one file change only while `agents.trust_keeper` has the lock
+next to the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runrecovery_service.storage.tables import live
 
 ROWS_PER_STATEMENT: Final = 500
 FAR: Final = timedelta(minutes=2)
-"""The longest delay of a check. A later time was written by a clock that was ahead."""
+"""The longest delay of a check. A time further ahead comes from a clock that was wrong."""
 
 After = tuple[int, str, str]
 """The position of a row in the order of `stale_entries`."""
@@ -46,11 +46,11 @@ class TrustEntry:
     Attributes:
         file: the real path of the CLI's file.
         place: the identity of the file's lock, which distinguishes files of the same path.
-        cli: the agent CLI that the file belongs to.
-        added: the text of `trust.entry.Added`.
-        ours: True for an entry that was made on this host.
+        cli: the agent CLI to which the file belongs.
+        added: `trust.entry.Added` as text.
+        ours: whether the entry was added on this host.
         removed_at: when the entry was removed.
-        away, away_since: why and since when the entry could not be removed.
+        away, away_since: why and since when removals of the entry have failed.
     """
 
     file: str
@@ -80,12 +80,13 @@ class TrustEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntryUpdate:
-    """The change of a recorded entry that is kept.
+    """A change to the row of an entry that stays recorded.
 
     Attributes:
         look_at: the time of the next check.
-        removed_at: when the entry was removed; the file is only checked again.
-        away, away_since: why and since when the entry could not be removed.
+        removed_at: when the entry was removed; None: it is still in the file. After the removal the
+            row stays, so that the file is checked again.
+        away, away_since: why and since when removals of the entry have failed.
     """
 
     look_at: datetime
@@ -96,22 +97,28 @@ class EntryUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntryOutcome:
-    """The result of editing a file: rows to delete, and changes of other rows."""
+    """The result of editing a file.
+
+    Attributes:
+        forget: entries whose rows are to be deleted.
+        marks: the changes to other rows, each with its entries.
+    """
 
     forget: tuple[TrustEntry, ...] = ()
     marks: Mapping[EntryUpdate, Sequence[TrustEntry]] = field(default_factory=dict)
 
 
 def _ours(db: Database) -> str:
-    """Return the condition for entries of this host. Parameter: the host.
+    """Return an SQL condition for entries of this host. Parameter: the host.
 
-    In a SQLite store every entry is of this host, even one under another host name.
+    In a SQLite store every entry counts as this host's, even under another host id.
     """
     return "? IS NOT NULL" if db.dialect.kind is DatabaseKind.SQLITE else "t.host_id = ?"
 
 
 _STALE: Final = f"(r.id IS NULL OR r.attempt > t.attempt OR NOT ({live('r.')}))"
-"""No run needs the entry: its run has ended, is quarantined or gone, or has a new workspace."""
+"""SQL: no run needs the entry. The run has ended, is quarantined or removed, or has a new
+workspace."""
 _FROM: Final = "FROM trust_entry t LEFT JOIN run r ON r.id = t.run"
 _WANTED: Final = (
     f"(t.removed_at IS NOT NULL OR {_STALE})"
@@ -152,18 +159,18 @@ def _entry(row: Row) -> TrustEntry:
 
 
 def _due(now: datetime | None) -> tuple[int, int]:
-    """Return the parameters of `_WANTED`: entries whose check is due at `now`, or all (None)."""
+    """Return the parameters of `_WANTED` for checks that are due at `now`; None: for all."""
     if now is None:
         return (0, -1)
     return (to_us(now), to_us(now + FAR))
 
 
 def recorded_entries(db: Database, host_id: str, file: str, place: str) -> dict[str, str]:
-    """Return the text of each recorded entry of a file, by folder."""
+    """Return the text `added` of each recorded entry of a file, by folder."""
     rows = db.fetch_all(
         f"SELECT t.folder, t.added FROM trust_entry t WHERE t.file = ? AND t.removed_at IS NULL"
-        # A removed lock changes the place. Of two entries for one folder the one with this place
-        # wins, else the newest.
+        # If the lock was removed and created again, the place has changed. Of several entries for
+        # one folder, the last in this order counts: one with this place, else the newest.
         f" AND (t.place = ? OR {_ours(db)})"
         " ORDER BY CASE WHEN t.place = ? THEN 1 ELSE 0 END, t.created_at",
         (file, place, host_id, place),
@@ -174,7 +181,7 @@ def recorded_entries(db: Database, host_id: str, file: str, place: str) -> dict[
 def record_entry(
     db: Database, entry: TrustEntry, *, host_id: str, owner: Owner, now: datetime
 ) -> None:
-    """Record an entry, or record it again.
+    """Record an entry, or update the row of the same entry.
 
     Raises:
         Fenced: this epoch may no longer launch the run.
@@ -214,7 +221,7 @@ def stale_files(db: Database, host_id: str, *, now: datetime | None) -> list[tup
     """Return the files with entries to remove or to check again.
 
     Args:
-        now: leave out entries whose next check is later; None: leave out none.
+        now: the time up to which a check must be due; None: all entries.
 
     Returns:
         The path and place of each file, and whether the entries are of this host.
@@ -232,7 +239,8 @@ def stale_entries(
 ) -> list[TrustEntry]:
     """Return the entries of a file to remove or to check again, the newest first.
 
-    The newest entry is the last one in the file, so that each removal is next to the one before.
+    New entries are added at the end of the file, so in this order each removal is next to the one
+    before.
     """
     rest = "" if after is None else " AND (t.created_at, t.folder, t.place) < (?, ?, ?)"
     rows = db.fetch_all(
@@ -243,7 +251,7 @@ def stale_entries(
 
 
 def entries_of_run(db: Database, host_id: str, run_id: str, *, owner: Owner) -> list[TrustEntry]:
-    """Return the entries of a run; none if another epoch owns the run."""
+    """Return the entries of a run that are not removed; none if another epoch owns the run."""
     rows = db.fetch_all(
         f"{_select(db)} WHERE r.run_id = ? AND t.removed_at IS NULL AND r.owner = ?"
         f" AND r.owner_epoch = ? {_NEWEST_FIRST}",

@@ -1,4 +1,4 @@
-"""The end of a turn: what it makes of its run."""
+"""Records the end of a turn, and the resulting change of its run."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def record_end(
     used: TurnUsage | None = None,
     now: datetime,
 ) -> Run:
-    """Record the end of a turn and of its launch in one transaction. An accepted cancel wins.
+    """Record the end of a turn and of its launch in one transaction.
 
-    A repetition is safe when the answer to the commit was lost: the run may be in a later turn, or
-    a peer may have taken it.
+    An accepted cancel overrides the end. A repetition, after the answer to the commit was lost,
+    changes nothing, even if the run is in a later turn, or a peer has taken it.
 
     Args:
-        due: the deadline of the wait that begins, if one does; None: no deadline.
-        due_in: gives the end of the pause before an interrupted turn is resumed.
-        mark: the session fingerprint, taken after the process has ended; None: not taken.
-        used: the last report of the turn's usage; None: there was none.
+        due: the deadline of the wait that begins with a question; None: no deadline.
+        due_in: returns the deadline in a number of seconds; ends the pause before a resume.
+        mark: the session fingerprint after the process has ended; None: not taken.
+        used: the last reported usage of the turn; None: none was reported.
     """
     if launch_records.is_over(db, turn.launch):
         return turns.current_run(db, turn, owner=owner)
@@ -86,11 +86,11 @@ def record_end(
 def _interrupt(
     db: Database, run: Run, end: Interrupted, *, owner: Owner, due_in: DueIn, now: datetime
 ) -> None:
-    """Apply the decision that a restart would make now. A run that fails is not reopenable."""
+    """Apply the decision that a restart would make now. A run that fails cannot be reopened."""
     facts = facts_of_run(db, run.key)
     if end.cause is InterruptionCause.SHIM_LOST and Fact.REPLY in facts:
-        # The matrix delivers a reply again without a limit. If each process that gets the reply
-        # lost its shim, this would never end.
+        # The matrix delivers an unread reply again without a limit. If the shim of every process
+        # died, this would never end.
         turns.fail(
             db,
             run,
@@ -111,7 +111,7 @@ def _interrupt(
 
 
 def _start_over(db: Database, run: Run, end: SessionGone, *, owner: Owner, now: datetime) -> None:
-    """Apply the decision of the recovery matrix on an interrupted run without a session."""
+    """Apply the recovery matrix to a run whose session cannot be resumed."""
     rule = _rule(run, facts_of_run(db, run.key) & ~Fact.HANDLE)
     if rule.error is None:
         _apply_rule(db, run, rule, owner=owner, now=now)
@@ -128,7 +128,7 @@ def _rule(run: Run, facts: Fact) -> Rule:
 def _apply_rule(
     db: Database, run: Run, rule: Rule, *, owner: Owner, now: datetime, **columns: object
 ) -> None:
-    """Change the run to what a rule without an error makes of it."""
+    """Change the run as a rule says. The rule must not be one that fails the run."""
     if not rule.keeps:
         columns |= {"session_type": None, "session_value": None}
     if rule.becomes is RunStatus.QUEUED:

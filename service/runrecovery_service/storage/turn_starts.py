@@ -1,4 +1,4 @@
-"""The start of a turn: a run is taken from the queue, or returned to it."""
+"""Starts of turns: takes runs from the queue, and returns runs to the queue."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ def take_next(
     now: datetime,
     without: Collection[int] = (),
 ) -> Turn | None:
-    """Take the run that has been queued longest, of an engine that is not busy; None for none.
+    """Take the run that has been queued longest; return None if no run can be taken.
 
-    The run becomes RUNNING and its launch is recorded before the process is spawned. The first
-    launch starts the deadline of the whole run. A run whose deadline has passed is not taken, and
-    one whose budget is used up is failed.
+    The run becomes RUNNING, and its launch is recorded before the process is spawned. The first
+    launch starts the deadline of the whole run. A run whose deadline has passed is not taken. A run
+    whose budget is used up becomes FAILED.
 
     Args:
+        busy_engines: engines without a free slot, whose runs are not taken.
         without: the keys of runs that are not taken.
     """
     while (found := _next_in_queue(db, owner, busy_engines, steady, without)) is not None:
@@ -111,10 +112,10 @@ def _take(
 
 
 def _latest_entry(run: Run, queued_at: datetime) -> datetime:
-    """Return when the run last entered the queue. A move to another instance changes nothing.
+    """Return when the run last entered a queue. A move to another instance's queue does not count.
 
     Args:
-        queued_at: the place in the queue, which a run keeps when a recovery queues it again.
+        queued_at: the time that orders the queue; a recovery that queues the run again keeps it.
     """
     return queued_at if run.recovery is None else max(queued_at, run.recovery.recovered_at)
 
@@ -131,14 +132,15 @@ def _next_in_queue(
         " AND recovery_state <> 'QUARANTINED'"
         " AND (run_due_us IS NULL OR run_due_us > ?)"
         " AND resume_due_us IS NULL"
-        # A new process must not run beside an earlier one that could not be killed. One of an
-        # instance that was taken over is on another host, whose shim has killed it.
+        # A new process must not run while an earlier process of the run could not be killed.
+        # Launches of an instance that was taken over do not count: the shim on its host has killed
+        # their processes.
         " AND NOT EXISTS (SELECT 1 FROM process_lease l"
         " WHERE l.run = run.id AND l.state = 'KILL_PENDING' AND l.instance = run.owner)"
         + _not_in("engine", busy_engines)
         + _not_in("id", without)
         + " ORDER BY queued_at, id LIMIT 1"
-        # Peers take from this queue too: a run that one of them is taking is passed over.
+        # Peers take runs from this queue too. A run that a peer is taking is skipped.
         + (" FOR UPDATE SKIP LOCKED" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""),
         (owner.instance, owner.epoch, steady.us, *busy_engines, *without),
     )
@@ -169,12 +171,11 @@ def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now
     """Return runs to the queue that were taken by a commit whose answer was lost.
 
     Args:
-        held: the cookies of the launches that have a supervisor. Every other launch in the state
-            INTENT is deleted, and its run is queued again; a run with an accepted cancel becomes
-            CANCELED.
+        held: the cookies of the launches that have a supervisor. Every other launch in state INTENT
+            is deleted, and its run is queued again, or becomes CANCELED if a cancel was accepted.
 
     Returns:
-        The number of these runs.
+        The number of runs that were returned to the queue or canceled.
     """
     rows = db.fetch_all(
         "SELECT id, run, cookie FROM process_lease"

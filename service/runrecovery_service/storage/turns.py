@@ -1,4 +1,4 @@
-"""The turns of runs: recorded as they proceed."""
+"""Records the progress of turns."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ NO_FINGERPRINT: Final[Mapping[str, None]] = {**NO_FINDING, "session_mark": None}
 class Turn:
     """A run that was taken from the queue, and the record of its launch.
 
-    With neither a reply nor an interruption the run starts from the beginning.
+    Without reply and interruption, the run starts from the beginning.
 
     Attributes:
-        reply: the accepted reply with which the process resumes the session.
-        interruption: the interruption after which the process resumes the session.
-        session_usage: what earlier processes of the session have reported.
-        queued_at: when the run last entered the queue, of this or of another instance.
+        reply: the answered question with whose reply the process resumes the session.
+        interruption: the interruption from which the process resumes the session.
+        session_usage: the usage that earlier processes of the session have reported.
+        queued_at: when the run last entered the queue of any instance.
     """
 
     run: Run
@@ -56,7 +56,7 @@ class Turn:
 def record_session(
     db: Database, turn: Turn, *, owner: Owner, session: Session, now: datetime
 ) -> None:
-    """Record the session that the run can be resumed with."""
+    """Record the session with which the run can be resumed."""
     run = own(db, turn, owner)
     is_another = run.session is None or run.session.handle != session.handle
     runs.change(
@@ -93,7 +93,7 @@ def record_delivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> 
 
 @use_case.retried
 def record_undelivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
-    """Record that a process ended without reading the reply that it was sent."""
+    """Record that a process ended without reading the reply to the question `number`."""
     run = own(db, turn, owner)
     db.execute(
         "UPDATE interaction SET state = 'ANSWERED'"
@@ -116,7 +116,8 @@ def record_sticky_question(
     """Record the question of a sticky process, which keeps running; the run becomes WAITING_USER.
 
     Args:
-        number: the question's interaction_id. A question that is recorded is not recorded again.
+        number: the question's interaction_id. A question that is already recorded is left
+            unchanged.
         due: the deadline of the wait.
     """
     run = own(db, turn, owner)
@@ -128,7 +129,7 @@ def record_sticky_question(
 
 @use_case.retried
 def record_usage(db: Database, turn: Turn, *, owner: Owner, used: TurnUsage) -> None:
-    """Record what a turn under way has used so far. After its end this changes nothing."""
+    """Record the usage so far of a turn under way. After the turn's end this changes nothing."""
     run = own(db, turn, owner)
     if not launch_records.is_over(db, turn.launch):
         usage.record(db, run, turn.launch, used, owner=owner)
@@ -136,17 +137,17 @@ def record_usage(db: Database, turn: Turn, *, owner: Owner, used: TurnUsage) -> 
 
 @use_case.retried
 def record_retry(db: Database, turn: Turn, *, owner: Owner, message: str, now: datetime) -> None:
-    """Record that the agent waits and calls its model again."""
+    """Record the event that the agent is waiting to call its model again."""
     run = own(db, turn, owner)
     runs.change(db, run, owner=owner, now=now, event=RunEventKind.RETRYING)
     events.add_to_event(db, run, message=message)
 
 
 def current_run(db: Database, turn: Turn, *, owner: Owner) -> Run:
-    """Return the current run of a turn; once the turn is over, also if a peer has taken the run.
+    """Return the current run of a turn. Once the turn is over, a peer may have taken the run.
 
-    The run is found by its run_id and the launch by its cookie. A database that lost commits gives
-    out integer keys again; run_ids and cookies are unique.
+    The run is found by its run_id, the launch by its cookie. Both are unique, whereas a database
+    that lost commits uses integer keys again.
 
     Raises:
         RunGone: the store has lost the run or the launch.
@@ -164,10 +165,10 @@ def current_run(db: Database, turn: Turn, *, owner: Owner) -> Run:
 
 
 def own(db: Database, turn: Turn, owner: Owner) -> Run:
-    """Return the current run of a turn, which can be changed.
+    """Return the current run of a turn, checked to be changeable by this start.
 
     Raises:
-        RunGone, Fenced: as `current_run`.
+        RunGone, Fenced: as for `current_run`.
         RunQuarantined: the run is damaged.
     """
     run = current_run(db, turn, owner=owner)

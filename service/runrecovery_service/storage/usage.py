@@ -1,7 +1,8 @@
-"""Records the usage of turns: for the launch, the run, its engine and model, in one transaction.
+"""Records the usage of turns for the launch, the run, the engine and the model.
 
-A launch has the whole usage of its turn, so that a repeated write changes nothing. The others
-get the difference to what the launch had before.
+One transaction writes all four. The launch has the whole usage of its turn. The others are
+increased by the difference to the launch's previous value, so that a repeated write changes
+nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from runrecovery_service.storage.rows import (
 )
 
 MODELS_MOST: Final = 20
-"""How many models of an engine are told apart. The names come from agents."""
+"""How many models of an engine are counted separately. The names come from agents."""
 OTHER_MODEL: Final = "other"
-"""All further models of an engine, and those with odd names."""
+"""Counts all further models of an engine, and models whose name has unusual characters."""
 _MODEL: Final = re.compile(r"[A-Za-z0-9._:/@+\[\]-]{1,100}")
 ROWS_MOST: Final = 1_000
-"""Engines are few. This bounds what a store with damaged names can make of them."""
+"""The most rows of a result. Engines are few, but a damaged store could have any number of
+names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class EngineUsage:
     """The total usage of one engine, or of one of its models.
 
     Attributes:
-        turns: those that reported something.
+        turns: the number of turns that have reported usage.
     """
 
     engine: str
@@ -46,10 +48,10 @@ class EngineUsage:
 
 
 def record(db: Database, run: Run, launch: LaunchRecord, used: TurnUsage, *, owner: Owner) -> None:
-    """Record what a turn has used so far, in the caller's transaction.
+    """Record the usage of a turn so far, in the caller's transaction.
 
     Args:
-        run: as read in this transaction.
+        run: the run as this transaction has read it.
 
     Raises:
         Stale: another epoch has taken the run over meanwhile.
@@ -65,7 +67,7 @@ def record(db: Database, run: Run, launch: LaunchRecord, used: TurnUsage, *, own
 
 
 def record_found(db: Database, run_key: int, used: TurnUsage, *, owner: Owner) -> None:
-    """Record what the latest turn of a run has used, in the transaction that recovers the run."""
+    """Record the usage of a run's latest turn, in the transaction that recovers the run."""
     row = db.fetch_one(
         "SELECT l.id, l.usage, r.engine FROM run r JOIN process_lease l"
         " ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn WHERE r.id = ?",
@@ -115,7 +117,7 @@ def _add_to_run(
 
 
 def _amounts(used: TurnUsage, before: Usage | None) -> dict[str, int]:
-    """Return the increase since the previous report, by column."""
+    """Return by column the increase since the previous report."""
     grown = used.turn if before is None else used.turn.minus(before)
     amounts: dict[str, int] = {name: getattr(grown, name) for name in TOKEN_FIELDS}
     return amounts if grown.cost_nanos is None else amounts | {"cost_nanos": grown.cost_nanos}
@@ -142,7 +144,7 @@ def _add(db: Database, table: str, keys: Mapping[str, str], amounts: Mapping[str
 
 
 def _counted_model(db: Database, engine: str, model: str, owner: Owner) -> str:
-    """Return the model under which a report is counted: few of an engine have their own."""
+    """Return the model name under which a report is counted: its own, or `OTHER_MODEL`."""
     if not model:
         return ""
     if not _MODEL.fullmatch(model):
@@ -156,7 +158,7 @@ def _counted_model(db: Database, engine: str, model: str, owner: Owner) -> str:
 
 
 def of_session(db: Database, run_key: int) -> SessionUsage | None:
-    """Return the usage that earlier processes of the run's session reported; None: none."""
+    """Return the usage that earlier processes of the session reported; None: none was reported."""
     row = db.fetch_one("SELECT session_usage FROM run WHERE id = ?", (run_key,))
     return None if row is None else session_usage_from_json(row[0])
 
@@ -182,7 +184,7 @@ def by_model(db: Database, owner: Owner) -> list[EngineUsage]:
 
 def _engine_usage(row: Row, model: str = "") -> EngineUsage:
     engine, turns, *sums = row
-    # A sum is a Decimal in PostgreSQL.
+    # PostgreSQL returns a sum as Decimal.
     read, cached, stored, written, reasoned, cost = (None if n is None else int(n) for n in sums)
     usage = Usage(
         input_tokens=read or 0,

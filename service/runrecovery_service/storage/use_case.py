@@ -1,4 +1,4 @@
-"""Code that every use case shares: retries, translation of driver errors, paging.
+"""Shared by all use cases: retries, conversion of driver errors, paging.
 
 A use case is a function whose first argument is the database. It is one transaction unless its
 docstring says otherwise.
@@ -32,19 +32,19 @@ T = TypeVar("T")
 UseCase = Callable[Concatenate[Database, P], R]
 
 TRIES: Final = 8
-"""How often a use case is tried while other writers change its rows (PostgreSQL only)."""
+"""The most tries of a use case whose rows other writers keep changing (PostgreSQL only)."""
 CONFLICT_TRIES: Final = 6
-"""How often a transaction is tried while PostgreSQL rolls it back because of a conflict."""
+"""The most tries of a transaction that PostgreSQL keeps rolling back because of conflicts."""
 CONFLICT_PAUSE_S: Final = 0.01
 PAGE_CHARS: Final = 600_000
-"""The characters of text in one page. JSON lists of numbers, the worst case, take 5.5 times as many
-bytes on the wire: a page stays below 4 MiB, the limit that clients have by default."""
+"""The most characters of text in one page. In the worst case, JSON lists of numbers, one character
+takes 5.5 bytes on the wire. A page then stays below 4 MiB, the default limit of gRPC clients."""
 
 log = structlog.get_logger()
 
 
 def retried(use: UseCase[P, R]) -> UseCase[P, R]:
-    """Run a use case in one transaction, and start it again when its rows have changed meanwhile.
+    """Run a use case in one transaction, and repeat it if its rows have changed meanwhile.
 
     Raises:
         StorageBusy: the rows changed during each of the `TRIES` tries.
@@ -64,7 +64,7 @@ def retried(use: UseCase[P, R]) -> UseCase[P, R]:
 
 
 def retry_conflicts(use: Callable[[], R]) -> R:
-    """Return the result of a whole transaction; repeat it after a conflict in PostgreSQL."""
+    """Run a whole transaction and return its result; repeat it after a conflict in PostgreSQL."""
     for tries_left in reversed(range(CONFLICT_TRIES)):
         try:
             return use()
@@ -76,10 +76,10 @@ def retry_conflicts(use: Callable[[], R]) -> R:
 
 
 def run_use_case(db: Database, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Return the result of a use case; repeat it after conflicts and over undecodable text.
+    """Run a use case and return its result; repeat it after conflicts and undecodable text.
 
     Raises:
-        StorageBusy, StorageFull, StorageUnavailable: for every error of the database itself.
+        StorageBusy, StorageFull, StorageUnavailable: the database itself has failed.
     """
     try:
         return retry_conflicts(lambda: _run_decodable(db, use, *args, **kwargs))
@@ -106,7 +106,7 @@ def run_use_case(db: Database, use: UseCase[P, R], *args: P.args, **kwargs: P.kw
 
 
 def _run_decodable(db: Database, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run a use case; run it again with lenient decoding when the store holds damaged text."""
+    """Run a use case; if the store has damaged text, repeat it with lenient decoding."""
     try:
         return use(db, *args, **kwargs)
     except DRIVER_ERRORS as error:
@@ -124,12 +124,12 @@ def page_of(
     key: Callable[[Row], tuple[int, ...]],
     texts: Callable[[Row], Iterable[Any]] = lambda row: row,
 ) -> Page[T]:
-    """Return a page of `limit` rows, or of fewer when their texts are long.
+    """Return a page of `limit` rows, or of fewer rows if their texts are long.
 
     Args:
-        rows: the rows of the page and at least one more, if there are more.
-        key: returns the position of a row, from which the next page begins.
-        texts: returns the columns of a row that can hold long texts.
+        rows: the rows of the page, and at least one more if further rows exist.
+        key: returns the position of a row, after which the next page begins.
+        texts: returns the columns of a row that can have long texts.
     """
     page: list[Row] = []
     chars = 0

@@ -1,11 +1,12 @@
-"""Parses the index of a SQLite log (`-shm`): what the log and the database file must contain.
+"""Parses the index (`-shm`) of a SQLite log, which says what log and database file contain.
 
-The layout is that of https://sqlite.org/walformat.html, section 2. SQLite changes the files in this
-order. Two equal readings of the index prove what the files contained between the readings:
+The layout is in https://sqlite.org/walformat.html, section 2. If two readings of the index are
+equal, its content was true of the files between the readings, because SQLite changes the files in
+this order:
 
 - A commit writes its frames into the log, and then their number into the index.
-- A new log begins in the index, without frames; then its header is written, or the log is cut.
-- A checkpoint notes how far it will go, writes into the database file, and notes that it is done.
+- A new log begins as an index without frames; then the log's header is written, or the log is cut.
+- A checkpoint notes in the index how far it will copy, writes the database file, and notes the end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _VERSION: Final = 3_007_000
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A committed frame of the log. SQLite does not rewrite it while the salt stays."""
+    """A committed frame of the log. SQLite does not rewrite a frame while the salt is the same."""
 
     number: int
     salt: bytes
@@ -33,22 +34,22 @@ class Frame:
 
     @property
     def offset(self) -> int:
-        """The offset of the frame in the log."""
+        """The offset of the frame in the log, in bytes."""
         return LOG_HEADER_SIZE + (self.number - 1) * (FRAME_HEADER_SIZE + self.page_size)
 
     @property
     def end(self) -> int:
-        """The offset after the frame in the log."""
+        """The offset of the frame's end in the log, in bytes."""
         return self.offset + FRAME_HEADER_SIZE + self.page_size
 
     def is_in(self, header: bytes) -> bool:
-        """Return True if these bytes are the header of this frame."""
+        """Return whether these bytes are the header of this frame."""
         return header[8:24] == self.salt + self.checksum
 
 
 @dataclass(frozen=True, slots=True)
 class WalIndex:
-    """The content of the index.
+    """The content of the index, as far as the service uses it.
 
     Attributes:
         change: counts the changes of the index.
@@ -64,7 +65,7 @@ class WalIndex:
 
     @property
     def file_state(self) -> tuple[bytes, int] | None:
-        """A value that stays equal while SQLite does not write into the database file.
+        """A value that changes whenever SQLite has written into the database file.
 
         None while SQLite may be writing.
         """

@@ -1,4 +1,4 @@
-"""The deliveries of webhooks that are due or given up. `webhook_outbox.py` records them."""
+"""Webhook deliveries that are due or given up. `webhook_outbox.py` records them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROWS: Final = 5_000
 """The most rows that one transaction changes. Renewals of the lease run between transactions."""
 
 _WORD: Final = re.compile(r"[!-~]+")
-"""Every text of a delivery is such a word: a name, an id or a code."""
+"""The form of every undamaged text in a delivery: a name, an id or a code."""
 
-# Finds each run by one step in the index, however many deliveries it has.
+# Finds each run with one index lookup, however many deliveries the run has.
 _DUE: Final = (
     "SELECT min(run) AS run FROM webhook_delivery"
     " WHERE instance = ? AND webhook = ? AND given_up_at IS NULL AND run > "
@@ -40,13 +40,14 @@ _BACKLOG: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """One event that a webhook has not got yet.
+    """One event that a webhook has not received yet.
 
     Attributes:
         key: the key of the row. SQLite uses the key of a deleted row again.
-        webhook, run: the webhook, and the key of the run.
-        sequence: the number of the event among those of the run.
-        status: the status of the run after the event, as text: a damaged run may have any.
+        webhook, run: the name of the webhook, and the key of the run.
+        sequence: the sequence number of the event among the run's events.
+        status: the status of the run after the event. Text, because a damaged run can have any
+            value.
     """
 
     key: int
@@ -62,7 +63,7 @@ class Delivery:
 
 
 class Unreadable(Exception):
-    """The first due delivery of a run is damaged, or of a newer service."""
+    """The first due delivery of a run is damaged, or its event is of a newer version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +71,9 @@ class Backlog:
     """The deliveries that one webhook has not received.
 
     Attributes:
-        due: deliveries that are still tried.
-        oldest_at: the time of the oldest event among them.
-        given_up: deliveries that are no longer tried, and still kept.
+        due: the number of deliveries that are still tried.
+        oldest_at: the time of the oldest event among the due ones; None: none is due.
+        given_up: the number of deliveries that are still kept, but no longer tried.
     """
 
     due: int = 0
@@ -89,27 +90,27 @@ def due_runs(
     limit: int,
     after: int = 0,
 ) -> list[int]:
-    """Return the keys of runs with due deliveries: those behind `after`, then those before.
+    """Return the keys of runs with due deliveries: keys above `after`, then the others.
 
     Args:
         without: keys of runs to leave out.
-        limit: the most runs.
+        limit: the most runs to return.
     """
     others = f" AND run NOT IN ({_marks(without)})" if without else ""
     of = (instance, webhook)
 
-    def behind(key: int) -> list[int]:
+    def keys_above(key: int) -> list[int]:
         found = db.fetch_all(f"{_DUE_RUNS}{others} LIMIT ?", (*of, key, *of, *without, limit))
         return [run for (run,) in found]
 
-    runs = behind(after)
+    runs = keys_above(after)
     if after and len(runs) < limit:
-        runs += behind(0)
+        runs += keys_above(0)
     return list(dict.fromkeys(runs))[:limit]
 
 
 def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> Delivery | None:
-    """Return the first due delivery of a run.
+    """Return the first due delivery of a run; None if none is due.
 
     Raises:
         Unreadable: its event is not known, or a text is damaged.
@@ -143,8 +144,10 @@ def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> De
     )
 
 
-def set_aside(db: Database, instance: str, webhook: str, run_key: int, *, now: datetime) -> None:
-    """Give up the first due delivery of a run."""
+def give_up_first(
+    db: Database, instance: str, webhook: str, run_key: int, *, now: datetime
+) -> None:
+    """Give up the first due delivery of a run, which cannot be read."""
     with db.transaction():
         db.execute(
             "UPDATE webhook_delivery SET given_up_at = ? WHERE id = (SELECT id"
@@ -155,7 +158,7 @@ def set_aside(db: Database, instance: str, webhook: str, run_key: int, *, now: d
 
 
 def remove_delivered(db: Database, delivery: Delivery) -> None:
-    """Delete a delivery that the webhook has got."""
+    """Delete a delivery that the webhook has received."""
     with db.transaction():
         db.execute(
             "DELETE FROM webhook_delivery"
@@ -173,10 +176,10 @@ def give_up(
     runs: Sequence[int] | None,
     now: datetime,
 ) -> int:
-    """Stop trying deliveries of events from before a time. Return their number, at most `ROWS`.
+    """Give up at most `ROWS` deliveries of events from before a time; return their number.
 
     Args:
-        runs: the keys of the runs; None: all.
+        runs: the keys of the runs; None: all runs.
     """
     of_runs = "" if runs is None else f" AND run IN ({_marks(runs)})"
     with db.transaction():
@@ -190,7 +193,7 @@ def give_up(
 
 
 def forget_given_up(db: Database, instance: str, webhook: str, *, before: datetime) -> int:
-    """Delete deliveries that were given up before a time. Return their number, at most `ROWS`."""
+    """Delete at most `ROWS` deliveries that were given up before a time; return their number."""
     with db.transaction():
         deleted: int = db.execute(
             "DELETE FROM webhook_delivery WHERE id IN (SELECT id FROM webhook_delivery"
@@ -201,7 +204,7 @@ def forget_given_up(db: Database, instance: str, webhook: str, *, before: dateti
 
 
 def try_again(db: Database, instance: str, webhook: str) -> int:
-    """Make deliveries that were given up due again. Return their number, at most `ROWS`."""
+    """Make at most `ROWS` given-up deliveries due again; return their number."""
     with db.transaction():
         revived: int = db.execute(
             "UPDATE webhook_delivery SET given_up_at = NULL WHERE id IN (SELECT id"
@@ -213,7 +216,7 @@ def try_again(db: Database, instance: str, webhook: str) -> int:
 
 
 def backlogs(db: Database, instance: str) -> dict[str, Backlog]:
-    """Return the waiting and given-up deliveries of the webhooks that have any, by name."""
+    """Return by name the backlog of each webhook that has due or given-up deliveries."""
     found = {}
     for name in (webhook.name for webhook in db.webhooks):
         due, oldest, given_up = db.fetch_all(_BACKLOG, (instance, name) * 3)[0]

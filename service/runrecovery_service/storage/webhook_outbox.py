@@ -1,10 +1,10 @@
-"""Records deliveries of webhooks in the transaction of the event that they report.
+"""Records webhook deliveries in the transaction of the event that they report.
 
-A row of `webhook_delivery` is one event that one webhook has not got yet. The row holds all that is
-sent: events and runs may be removed while their deliveries are still due.
+A row of `webhook_delivery` is one event that one webhook has not received yet. The row has
+everything that is sent, because events and runs may be removed while deliveries are still due.
 
-Why rows and no cursor into the events: events have an order within their run only, and PostgreSQL
-commits in another order than it counts, so a reader of one common number could skip events.
+A cursor into the events would not do. Events are ordered only within their run. PostgreSQL does not
+commit in the order in which it assigns numbers, so a reader of a common number could skip events.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def record_event(
     error_code: object,
     now: datetime,
 ) -> None:
-    """Record the next event of a run for each webhook that gets it.
+    """Record the next event of a run for each webhook that receives events of this kind.
 
     Args:
-        run: as read before the change.
-        status, error_code: those of the run after the change.
+        run: the run as it was before the change.
+        status, error_code: the values of the run after the change.
     """
     for webhook in db.webhooks:
         event = webhook.select(kind, status, run.engine)
@@ -68,11 +68,11 @@ def record_event(
 
 
 def record_decisions(db: Database, instance: str, *, which: str, params: Sequence[object]) -> None:
-    """Record decisions of a recovery for each webhook that gets them.
+    """Record decisions of a recovery for each webhook that receives them.
 
     Args:
-        instance: the instance that delivers them.
-        which: the condition for decisions `e` of runs `r`, with `params` as its parameters.
+        instance: the instance that delivers the decisions.
+        which: an SQL condition for decisions `e` of runs `r`, with parameters `params`.
     """
     for webhook in db.webhooks:
         for event, condition in _decisions_of(webhook):
@@ -88,7 +88,7 @@ def record_decisions(db: Database, instance: str, *, which: str, params: Sequenc
 
 
 def _decisions_of(webhook: WebhookFilter) -> Iterator[tuple[WebhookEvent, str]]:
-    """Yield the types under which a webhook gets decisions, each with the condition for them."""
+    """Yield the events under which a webhook receives decisions, each with its SQL condition."""
     if WebhookEvent.RECOVERED in webhook.events:
         yield WebhookEvent.RECOVERED, "1 = 1"
         return
@@ -103,14 +103,15 @@ def take_back(
 ) -> int:
     """Move the deliveries of this instance's runs back from its successors. PostgreSQL only.
 
-    A takeover moves all deliveries, also those of runs that wait for this instance. Its later
-    events of such a run must not be delivered before them.
+    A takeover moves all deliveries to the successor, even those of runs that wait for this
+    instance. They must be delivered before later events of the same run, which this instance
+    delivers.
 
     Returns:
         The number of deliveries that were moved.
 
     Raises:
-        RecoveryInterrupted: the service is to stop.
+        RecoveryInterrupted: `stopping` has returned True.
     """
     taken = 0
     while True:
@@ -131,14 +132,14 @@ def take_back(
 def forget_removed(
     db: Database, owner: Owner, *, stopping: Callable[[], bool], rows: int = ROWS_AT_ONCE
 ) -> dict[str, int]:
-    """Delete the deliveries of webhooks that are not configured; return their number by name.
+    """Delete the deliveries of webhooks that are no longer configured; return counts by webhook.
 
     Args:
         rows: the most rows of one transaction.
 
     Raises:
         Fenced: a newer epoch of this instance has started.
-        RecoveryInterrupted: the service is to stop.
+        RecoveryInterrupted: `stopping` has returned True.
     """
     kept = [webhook.name for webhook in db.webhooks]
     others = f" AND webhook NOT IN ({_marks(kept)})" if kept else ""

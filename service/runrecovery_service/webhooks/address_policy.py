@@ -10,28 +10,28 @@ Network: TypeAlias = IPv4Network | IPv6Network
 
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _UNICAST: Final = IPv6Network("2000::/3")
-"""All that is public in IPv6. Outside of it are also ranges that stand for IPv4 addresses."""
+"""Contains all public IPv6 addresses. Ranges that represent IPv4 addresses are outside of it."""
 _RESERVED: Final[tuple[Network, ...]] = (
     IPv4Network("192.0.0.0/24"),
     IPv6Network("2001::/23"),
     IPv6Network("2001:db8::/32"),
     IPv6Network("3fff::/20"),
 )
-"""Ranges about which releases of Python differ in `is_global`."""
+"""Ranges for which `is_global` differs between releases of Python."""
 
 
 def address_problem(
     text: str, *, is_encrypted: bool, private: tuple[Network, ...], insecure_http: bool
 ) -> str | None:
-    """Return why a delivery may not go to a resolved address, or None.
+    """Return why deliveries may not go to a resolved address; None: they may.
 
     Args:
-        private: the networks below which private addresses are allowed.
-        insecure_http: plain HTTP may go to public addresses.
+        private: the networks in which private addresses are allowed.
+        insecure_http: whether plain HTTP may go to public addresses.
     """
     address = _real(ip_address(text.partition("%")[0]))
     if address.is_multicast or address.is_unspecified:
-        return f"{address} is no address of a host"
+        return f"{address} is not the address of a host"
     if not _is_public(address):
         is_allowed = any(address in network for network in private)
         return None if is_allowed else f"{address} is private, and allow_private does not name it"
@@ -47,7 +47,7 @@ def _is_public(address: Address) -> bool:
 
 
 def _real(address: Address) -> Address:
-    """Return the IPv4 address that an IPv6 address stands for, or the address itself."""
+    """Return the IPv4 address that an IPv6 address represents; otherwise the address itself."""
     if isinstance(address, IPv4Address):
         return address
     if address in _NAT64:

@@ -1,4 +1,4 @@
-"""A webhook as the operator has configured it, ready to be called."""
+"""A configured webhook, with its files read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class Endpoint:
 
     Attributes:
         filter: the name of the webhook, and the events that it receives.
-        host, port, target: parts of its URL; the target is path and query, which may be secret.
-        tls: verifies the certificate of the host; None: plain HTTP.
-        authorities: the certificates in PEM by which `tls` verifies; None: those of the system.
+        host, port, target: the parts of its URL. The target is path and query, and may be secret.
+        tls: the TLS settings, which verify the certificate of the host; None: plain HTTP.
+        authorities: the certificate authorities of `tls`, in PEM; None: those of the system.
         keys: the signing keys, one for each of at most two secrets.
-        private: the networks below which private addresses are allowed.
-        insecure_http: plain HTTP to public addresses is allowed.
-        timeout_s: the time limit of one try, from the resolution of the host to the status.
-        give_up_s: the age of an event after which a failed delivery is given up.
+        private: the networks in which private addresses are allowed.
+        insecure_http: whether plain HTTP may go to public addresses.
+        timeout_s: the time limit of one try, from resolving the host name to the status of the
+            response.
+        give_up_s: the age of an event, in seconds, after which a failing delivery is given up.
     """
 
     filter: WebhookFilter

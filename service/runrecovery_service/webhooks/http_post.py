@@ -1,7 +1,8 @@
-"""Sends one POST over a connection of its own, to an address that was checked.
+"""Sends one POST over a new connection, to an address that was checked.
 
-Whole HTTP clients resolve the name themselves when they connect: a name that was checked before
-could then lead to another address. h11 parses the answer; it is small and has no dependencies.
+Complete HTTP clients resolve the host name again when they connect, so the connection could go to
+another address than the checked one. The response is parsed by h11, which is small and has no
+dependencies.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from runrecovery_service.webhooks.address_policy import address_problem
 from runrecovery_service.webhooks.endpoint import Endpoint
 
 CONNECT_S: Final = 5.0
-"""The time limit for resolving the name, and for connecting to one address, TLS included."""
+"""Time limit for resolving the name, and for connecting to one address including TLS."""
 ADDRESSES_TRIED: Final = 4
 READ_BYTES: Final = 8192
 HEAD_BYTES: Final = 64 * 1024
-"""How many bytes an answer may have before its status is complete."""
+"""The most bytes of a response up to the end of its headers."""
 
 Resolve: TypeAlias = Callable[[str, int], list[str]]
 """Returns the addresses of a host."""
@@ -36,10 +37,10 @@ Resolve: TypeAlias = Callable[[str, int], list[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The answer of an endpoint, without its body.
+    """The response of an endpoint, without its body.
 
     Attributes:
-        retry_after: the header of this name; None: there is none.
+        retry_after: the header `Retry-After`; None: the response has none.
     """
 
     status: int
@@ -47,27 +48,27 @@ class Answer:
 
 
 class PostFailed(Exception):
-    """There was no answer. The text says why, and holds nothing secret."""
+    """There was no response. The text is the reason, and contains nothing secret."""
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a host, best first. Blocks."""
+    """Return the IP addresses of a host, the preferred one first. Blocks."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 @dataclass(slots=True, eq=False)
 class Resolver:
-    """Resolves the name of one endpoint. Tries at one time share one resolution.
+    """Resolves the host name of one endpoint. Concurrent tries share one resolution.
 
-    A resolution can hang: it has a thread of its own, which nothing can end.
+    A resolution can hang, so it runs in a separate thread, which cannot be ended.
     """
 
     resolve: Resolve = resolve
     _under_way: Future[list[str]] | None = field(default=None, init=False)
 
     async def addresses(self, host: str, port: int) -> list[str]:
-        """Return the addresses of the host of the endpoint.
+        """Return the IP addresses of the endpoint's host.
 
         Raises:
             TimeoutError: there is no result within `CONNECT_S`.
@@ -85,14 +86,14 @@ async def post(
     *,
     resolver: Resolver | None = None,
 ) -> Answer:
-    """Send the body and return the answer. Redirects are not followed.
+    """Send the body and return the response. Redirects are not followed.
 
     Args:
-        resolver: that of the endpoint; None: a new one.
+        resolver: the resolver of the endpoint; None: a new one.
 
     Raises:
         PostFailed: no address is allowed, the host cannot be reached, its certificate is not valid,
-            it gave no answer within `timeout_s`, or what is sent would not be HTTP.
+            there was no response within `timeout_s`, or the request would not be valid HTTP.
     """
     with _failures():
         async with asyncio.timeout(endpoint.timeout_s):
@@ -102,7 +103,7 @@ async def post(
             try:
                 return await _exchange(endpoint, headers, body, reader, writer)
             finally:
-                writer.transport.abort()  # the rest of the answer, however long, is not read
+                writer.transport.abort()  # the rest of the response, however long, is not read
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Builds the request of a delivery: its id, its body, its headers with the signature."""
+"""Builds the request of a delivery: id, body, and headers with the signature."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ USER_AGENT: Final = "runrecovery"
 
 
 def message_id(delivery: Delivery) -> str:
-    """Return the id of the event: the same for every try.
+    """Return the id of the event, which is the same in every try.
 
-    The time is a part of it: a store that was restored from a backup counts sequences again.
+    It includes the time, because a store that was restored from a backup uses sequence numbers
+    again.
     """
     created_us = round(delivery.created_at.timestamp() * 1e6)
     return f"{delivery.run_id}_{delivery.sequence}_{created_us}"
 
 
 def body(delivery: Delivery) -> bytes:
-    """Return the JSON of a delivery: no text of an agent or a user, and no session handle."""
+    """Return the JSON of a delivery.
+
+    It has no text of an agent or a user, and no session handle.
+    """
     facts = {
         "type": delivery.event.value,
         "sequence": delivery.sequence,
@@ -42,8 +46,8 @@ def headers(
     """Return the headers of one try.
 
     Args:
-        content: the body.
-        keys: the keys of the webhook's secrets; each of them signs.
+        content: the body of the request.
+        keys: the keys of the webhook's secrets, each of which makes a signature.
     """
     identity, timestamp = message_id(delivery), int(now.timestamp())
     return {

@@ -1,4 +1,4 @@
-"""Reads what a webhook needs from its settings and files."""
+"""Builds an `Endpoint` from the settings and files of a webhook."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from runrecovery_service.webhooks.endpoint import Endpoint
 from runrecovery_service.webhooks.signature import read_secret
 
 MAX_SECRETS: Final = 2
-"""The present secret, and the one that replaces it."""
+"""The present secret, and the secret that will replace it."""
 MAX_SECRET_FILE_BYTES: Final = 4096
 
 
 class FileRefused(Exception):
-    """A file cannot be used. The text never quotes what is in it."""
+    """A file cannot be used. The text never quotes the content of the file."""
 
 
 def read_endpoint(settings: WebhookSettings) -> Endpoint:
-    """Return a webhook that is ready to be called.
+    """Return the endpoint for the settings of a webhook.
 
     Raises:
-        FileRefused: its secret or its certificates cannot be used.
+        FileRefused: the file of the secret or of the certificates cannot be used.
     """
     url = urlsplit(settings.url)
     is_encrypted = url.scheme == "https"
@@ -50,10 +50,11 @@ def read_endpoint(settings: WebhookSettings) -> Endpoint:
 
 
 def _read_authorities(file: Path) -> str:
-    """Return the certificates of a file in PEM."""
+    """Return the PEM certificates in a file."""
     try:
         text = file.read_bytes().decode("ascii", "replace")
-        # Not `create_default_context`: for an empty text it trusts the authorities of the system.
+        # `create_default_context` would not do: for an empty text it trusts the system's
+        # authorities.
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except (ValueError, ssl.SSLError) as error:
         raise FileRefused(f"{file}: holds no certificates in PEM") from error
@@ -67,7 +68,7 @@ def _read_keys(file: Path) -> tuple[bytes, ...]:
         with file.open("rb") as opened:
             data = opened.read(MAX_SECRET_FILE_BYTES + 1)
     except OSError as error:
-        # The value may be the secret by mistake.
+        # The configured value may be the secret itself, by mistake.
         shown = "secret_file" if str(file).startswith("whsec_") else file
         raise FileRefused(f"{shown}: {error.strerror}") from error
     lines = data.decode("utf-8-sig", "replace").splitlines()

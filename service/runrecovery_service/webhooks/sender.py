@@ -1,7 +1,8 @@
-"""Delivers the events of one webhook: in order for each run, and to several runs' events at once.
+"""Delivers the events of one webhook: in order for each run, and for several runs concurrently.
 
-Each run with due deliveries has a task, which makes them one after another. A run whose delivery
-fails pauses alone. At most `RUNS_AT_ONCE` runs have a task: when so many fail, further runs wait.
+Each run with due deliveries has a task, which makes the deliveries one after another. If a delivery
+fails, only its run pauses. At most `RUNS_AT_ONCE` runs have a task: if so many fail, further runs
+wait.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ LOOK_PAUSE_S: Final = 0.1
 """The shortest pause between two queries for runs with due deliveries."""
 POLL_S: Final = 30.0
 SHARED_POLL_S: Final = 3.0
-"""On a shared store, where other instances record events of this one's runs. Their hints may be
-lost."""
+"""`POLL_S` of a shared store, where other instances may record events of this instance's runs, and
+their hints may be lost."""
 STORE_PAUSE_S: Final = 1.0
-"""The pause after a query that failed."""
+"""The pause after a failed query."""
 TIDY_S: Final = 600.0
 FAILING_S: Final = 3_600
-"""Deliveries are given up only after tries have failed for this long: a service that was down for
-days must try first."""
+"""Deliveries are given up only after tries have failed for this long, because a service that was
+down for days must try again first."""
 KEPT_DAYS: Final = 30
-"""How long a delivery that was given up is kept, for `retry`."""
+"""How long a given-up delivery is kept, so that `retry` can make it due again."""
 STOP_S: Final = 2.0
-"""How long tries that are under way may take at a stop."""
+"""How long a stop waits for tries that are under way."""
 GONE: Final = 410
 
 Post: TypeAlias = Callable[[Endpoint, Mapping[str, str], bytes], Awaitable[Answer]]
@@ -63,11 +64,12 @@ class SenderState:
 
     Attributes:
         tries: the number of tries by outcome: `delivered` or `failed`.
-        given_up: the number of deliveries that it has given up.
-        is_disabled: the endpoint has answered 410 Gone.
-        failing_since: the first failed try since the last delivery; None: the last try succeeded.
-        last_delivery_at: the time of the latest delivery.
-        last_failure: why the latest failed try failed.
+        given_up: the number of deliveries that were given up.
+        is_disabled: whether the endpoint has answered 410 Gone, after which nothing is sent.
+        failing_since: the time of the first failed try after the last successful one; None: the
+            last try succeeded.
+        last_delivery_at: the time of the latest successful try; None: none has succeeded.
+        last_failure: the reason of the latest failed try; empty: none has failed.
     """
 
     tries: Counter[str] = field(default_factory=Counter)
@@ -80,12 +82,12 @@ class SenderState:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class WebhookSender:
-    """The deliveries of one webhook.
+    """Makes the deliveries of one webhook until it is stopped.
 
     Attributes:
         meters: the counters to update.
         post: sends one request.
-        pause: waits for an event, or for some seconds.
+        pause: waits for an event, for at most some seconds.
     """
 
     endpoint: Endpoint
@@ -122,16 +124,16 @@ class WebhookSender:
             stop_signal=self.stop_signal,
         )
 
-    # -- the life of a sender -----------------------------------------------------------------
+    # -- the life of a sender ------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start to deliver what is due."""
+        """Start to make due deliveries."""
         self._task = asyncio.create_task(self._work(), name=f"webhook-{self.endpoint.name}")
         self._task.add_done_callback(self.stop_signal.task_ended)
         self._tidying.start()
 
     async def stop(self) -> None:
-        """Stop. The next start repeats a try that takes longer than `STOP_S`."""
+        """Stop. A try that takes longer than `STOP_S` is cut off, and the next start repeats it."""
         self._is_stopping = True
         self._hurry()
         if self._task is not None:
@@ -145,7 +147,7 @@ class WebhookSender:
         await asyncio.gather(*runs, *filter(None, [self._task]), return_exceptions=True)
 
     async def try_again(self) -> int:
-        """Try everything at once, and return how many given-up deliveries are due again."""
+        """Try all deliveries at once, and return how many given-up ones are due again."""
         revived = await self._in_steps(webhook_deliveries.try_again)
         self.state.is_disabled = False
         self._hurry()
@@ -160,16 +162,16 @@ class WebhookSender:
         return rows
 
     def _hurry(self) -> None:
-        """End every pause."""
+        """End all pauses, so that every run tries at once."""
         self._at_once.set()
         self._at_once = asyncio.Event()
         self._woken.set()
 
     @property
     def _is_over(self) -> bool:
-        """True once this sender is to stop, or the service because of an error.
+        """Whether this sender is stopping, or the service stops because of an error.
 
-        Another instance may own the deliveries after such an error.
+        After an error, another instance may own the deliveries.
         """
         return self._is_stopping or self.stop_signal.failure is not None
 
@@ -177,7 +179,7 @@ class WebhookSender:
     def _may_try(self) -> bool:
         return not self._is_over and not self.state.is_disabled
 
-    # -- runs -----------------------------------------------------------------------------------
+    # -- runs ----------------------------------------------------------------------------------
 
     async def _work(self) -> None:
         poll_s = SHARED_POLL_S if self.storage.is_shared else POLL_S
@@ -196,7 +198,7 @@ class WebhookSender:
                 await wait_within(self._woken, poll_s)
 
     async def _start_runs(self) -> None:
-        """Start a task for each run with due deliveries, as far as there is room."""
+        """Start tasks for runs with due deliveries, up to `RUNS_AT_ONCE`."""
         free = RUNS_AT_ONCE - len(self._runs)
         if not free or not self._may_try:
             return
@@ -237,14 +239,14 @@ class WebhookSender:
                     run_key,
                 )
             except Unreadable as error:
-                await self._set_aside(run_key, error)
+                await self._give_up_unreadable(run_key, error)
                 continue
             if delivery is None:
                 return
             async with self._posts:
                 if not self._may_try:
                     return
-                at_once = self._at_once  # before the try: a `try_again` during it counts
+                at_once = self._at_once  # taken before the try: a `try_again` during it counts
                 asked_s = await self._try(delivery)
             if asked_s is None:
                 failures = 0
@@ -257,7 +259,7 @@ class WebhookSender:
             await self.pause(at_once, pause_s(failures, jitter=jitter, retry_after_s=asked_s))
 
     async def _remove(self, delivery: Delivery) -> None:
-        """Remove a delivery that has arrived. While the store fails, only this is tried again."""
+        """Remove a delivery that has arrived. If the store fails, repeat only the removal."""
         failures = 0
         while True:
             at_once = self._at_once
@@ -275,10 +277,10 @@ class WebhookSender:
             failures += 1
             await self.pause(at_once, pause_s(failures, jitter=0.0))
 
-    async def _set_aside(self, run_key: int, error: Unreadable) -> None:
-        """Give up a delivery that cannot be read: it must not block the later ones of its run."""
+    async def _give_up_unreadable(self, run_key: int, error: Unreadable) -> None:
+        """Give up a delivery that cannot be read, which must not block later ones of its run."""
         await self.storage.write_own(
-            webhook_deliveries.set_aside,
+            webhook_deliveries.give_up_first,
             self.owner.instance,
             self.endpoint.name,
             run_key,
@@ -287,10 +289,10 @@ class WebhookSender:
         self.state.given_up += 1
         log.error("webhook.delivery_damaged", webhook=self.endpoint.name, reason=str(error))
 
-    # -- one try --------------------------------------------------------------------------------
+    # -- one try -------------------------------------------------------------------------------
 
     async def _try(self, delivery: Delivery) -> float | None:
-        """Send a delivery once. Return None if it arrived, else the pause that was asked for."""
+        """Send a delivery once. Return None if it arrived; else the requested pause in seconds."""
         now = self.clock.now()
         try:
             content = message.body(delivery)
@@ -300,7 +302,7 @@ class WebhookSender:
             self._note_failure(delivery, str(error))
             return 0.0
         except Exception as error:  # noqa: BLE001 - logged; a defect must not skip the pause
-            # Its text may hold the URL.
+            # The text of the error may contain the URL.
             self._note_failure(delivery, f"the service failed: {type(error).__name__}")
             return 0.0
         if 200 <= answer.status < 300:
@@ -327,7 +329,7 @@ class WebhookSender:
         )
 
     def _note_failure(self, delivery: Delivery, reason: str) -> None:
-        """Count a failed try; log the first since a delivery, and each with a new reason."""
+        """Count a failed try; log it if it is the first after a success, or has a new reason."""
         state = self.state
         if state.failing_since is None or state.last_failure != reason:
             log.warning(
@@ -349,12 +351,12 @@ class WebhookSender:
             log.error("webhook.disabled", webhook=self.endpoint.name)
             self._hurry()
 
-    # -- what takes too long --------------------------------------------------------------------
+    # -- deliveries that fail for too long -----------------------------------------------------
 
     async def tidy(self) -> None:
-        """Give up old deliveries that keep failing, and forget those given up long ago."""
+        """Give up old deliveries that keep failing, and delete deliveries given up long ago."""
         now = self.clock.now()
-        # By the steady clock: a wall clock that jumps must not end the hour.
+        # By the steady clock, because a jump of the wall clock must not end the hour.
         begun_by = self.clock.steady().us - FAILING_S * 1_000_000
         runs = None
         if self._failing_us is None or self._failing_us > begun_by:

@@ -1,6 +1,7 @@
-"""Signs deliveries as Standard Webhooks (https://www.standardwebhooks.com) demands.
+"""Signs deliveries by the rules of Standard Webhooks (https://www.standardwebhooks.com).
 
-Written here: the signature is one HMAC. The tests verify it with the library `standardwebhooks`.
+No library is used, because a signature is a single HMAC. The tests verify it with the library
+`standardwebhooks`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ MOST_BYTES: Final = 64
 
 
 def read_secret(text: str) -> bytes:
-    """Return the key that a secret holds.
+    """Return the key that a secret encodes.
 
     Raises:
-        ValueError: the text is no secret. The message never quotes it.
+        ValueError: the text is not a valid secret. The message never quotes the text.
     """
     try:
         key = b64decode(text.removeprefix(PREFIX).encode("ascii"), validate=True)
@@ -34,7 +35,7 @@ def read_secret(text: str) -> bytes:
 
 
 def sign(keys: Iterable[bytes], message_id: str, timestamp: int, body: bytes) -> str:
-    """Return the value of the header `webhook-signature`: one signature for each key."""
+    """Return the value of the header `webhook-signature`, with one signature for each key."""
     signed = f"{message_id}.{timestamp}.".encode() + body
     macs = (hmac.digest(key, signed, "sha256") for key in keys)
     return " ".join(f"v1,{b64encode(mac).decode()}" for mac in macs)

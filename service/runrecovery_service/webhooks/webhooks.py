@@ -1,6 +1,6 @@
-"""All webhooks of this instance: starts, replaces and stops their senders, and reports on them.
+"""All webhooks of this instance: starts, replaces and stops their senders; reports their status.
 
-What a sender needs is imported once there is a webhook: a start without one must not pay for it.
+The modules of senders are imported only if a webhook is configured, to keep other starts fast.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebhookStatus:
-    """A webhook, what it has not got yet, and what its tries met."""
+    """A webhook, the results of its tries, and the deliveries that it has not received yet."""
 
     endpoint: Endpoint
     state: SenderState
@@ -35,12 +35,12 @@ class WebhookStatus:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Webhooks:
-    """The webhooks that are configured, and a sender for each.
+    """The configured webhooks, with a sender for each.
 
     Attributes:
         endpoints: the configured webhooks.
         meters: the counters to update.
-        senders: by the name of the webhook; empty until `start`.
+        senders: by webhook name: its sender. Empty until `start`.
     """
 
     db: Database
@@ -61,13 +61,13 @@ class Webhooks:
         self._start_missing()
 
     def follows(self, endpoints: Sequence[Endpoint]) -> bool:
-        """Return True if these webhooks are the present ones, and none is disabled."""
+        """Return whether these webhooks equal the present ones, and none is disabled."""
         return tuple(endpoints) == tuple(self.endpoints) and not any(
             sender.state.is_disabled for sender in self.senders.values()
         )
 
     def replace(self, endpoints: Sequence[Endpoint]) -> None:
-        """Follow other webhooks from now on. A disabled one starts again if it is still there."""
+        """Replace the webhooks. A disabled webhook that is still configured starts again."""
         self.endpoints = endpoints
         self.db.webhooks = tuple(endpoint.filter for endpoint in endpoints)
         if self._is_started:
@@ -93,13 +93,13 @@ class Webhooks:
 
     @property
     def failing_since(self) -> dict[str, datetime | None]:
-        """Since when each webhook fails, by name; None: its latest try arrived."""
+        """By webhook name: since when its tries fail; None: its latest try succeeded."""
         return {name: sender.state.failing_since for name, sender in self.senders.items()}
 
     async def retry(self, name: str) -> int | None:
         """Try the deliveries of a webhook at once; return how many given-up ones are due again.
 
-        None: there is no such webhook.
+        Return None if no webhook has this name.
         """
         sender = self.senders.get(name)
         return None if sender is None else await sender.try_again()
@@ -111,9 +111,9 @@ class Webhooks:
             await self._stop(self.senders)
 
     async def _adjust(self) -> None:
-        """Stop the senders that do not fit the webhooks, then start those that are missing.
+        """Stop senders that do not match the webhooks, then start the missing ones.
 
-        Two senders of one webhook would break the order of deliveries.
+        This order matters, because two senders of one webhook would break the order of deliveries.
         """
         async with self._lock:
             wanted = {endpoint.name: endpoint for endpoint in self.endpoints}
