@@ -23,13 +23,15 @@ MUTANT_TRIALS ?= 5
 REPLICA_MUTANTS ?= exists drain renewal
 RACE_MUTANTS ?= scan
 RACE_RUNS ?= 10000
+CUTS ?= 1000
+PART ?= 1/1
 CASES ?= 50000
 MUTANT_CASES ?= 3000
 ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
-	campaign-processes campaign-replicas fuzz interpreters test-agents
+	campaign-power-cuts campaign-processes campaign-replicas fuzz mutants interpreters test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -158,6 +160,14 @@ campaign-replicas: $(READY) ## Break 3 replicas, their network and PostgreSQL un
 	@for mutant in $(REPLICA_MUTANTS); do \
 		$(BIN)/python tests/campaign/replicas.py --seconds 120 --mutate $$mutant; done
 	@for mutant in $(RACE_MUTANTS); do $(BIN)/python tests/campaign/race.py --mutate $$mutant; done
+
+campaign-power-cuts: $(READY) ## Cut the power of a recorded service CUTS=1000 times; detect mutants of it
+	@$(BIN)/python tests/power_cut/power_cuts.py --cuts $(CUTS) --starts 20
+	@for mutant in commits-not-synced never-synced; do \
+		$(BIN)/python tests/power_cut/power_cuts.py --cuts 100 --starts 0 --mutate $$mutant; done
+
+mutants: $(READY) ## Seed bugs, PART=1/1 of tests/mutants/seeded_bugs.py: the tests must catch each
+	@$(BIN)/python tests/mutants/run.py --part $(PART)
 
 fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mutants of it
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)

@@ -59,12 +59,12 @@ class CommitMarker:
 
 
 def stored_count(connection: sqlite3.Connection) -> int | None:
-    """Return the store's counter; None if the store is of a version without the counter."""
+    """Return the counter of a store; None for a store of an older version, or a damaged one."""
     known = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'commit_count'"
     if connection.execute(known).fetchone() is None:
         return None
     row = connection.execute("SELECT commits FROM commit_count").fetchone()
-    return None if row is None else int(row[0])
+    return row[0] if row is not None and isinstance(row[0], int) else None
 
 
 def describe_loss(
