@@ -114,6 +114,7 @@ def test_an_age_is_a_number_with_its_unit(load: Load, text: str, seconds: float)
             "a list of at most 2",
         ),
         (CALLER + "max_calls = 0", "callers[0].max_calls", "from 1 to 1000000"),
+        (CALLER + "max_calls_per_s = 0", "callers[0].max_calls_per_s", "from 1 to 1000000"),
         (CALLER + "engines = []", "callers[0].engines", "must not be empty"),
         (CALLER + "engines = ['none']", "callers[0].engines", 'no engine "none" is configured'),
         (

@@ -47,3 +47,27 @@ async def test_a_stream_is_counted_with_its_code(
         await call(b"", cast("Context", Sent(sent)))
 
     assert meters.calls.values == {("s.Watch", counted): 1}
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_timed"),
+    [
+        (grpc.StatusCode.UNAUTHENTICATED, False),
+        (grpc.StatusCode.PERMISSION_DENIED, False),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, False),
+        (grpc.StatusCode.NOT_FOUND, True),
+    ],
+)
+async def test_refusals_that_may_wait_on_purpose_are_counted_and_not_timed(
+    sent: grpc.StatusCode, *, is_timed: bool
+) -> None:
+    async def respond(_: bytes, __: Context) -> bytes:
+        raise grpc.aio.AbortError
+
+    meters = Meters()
+    call = CallMeter(meters).unary("s.Get", respond)
+    with suppress(grpc.aio.AbortError):
+        await call(b"", cast("Context", Sent(sent)))
+
+    assert meters.calls.values == {("s.Get", "OK"): 0, ("s.Get", sent.name): 1}
+    assert (("s.Get",) in meters.call_seconds.series) is is_timed

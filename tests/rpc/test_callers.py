@@ -20,20 +20,13 @@ from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.method_handlers import contract_methods, grpc_handlers
 from runrecovery_service.rpc.method_wrapper import Method, MethodWrapper
 from runrecovery_service.rpc.open_calls import OpenCalls
+from runrecovery_service.rpc.refusal_pace import RefusalPace
 from runrecovery_service.rpc.server import GrpcServer
 from structlog.testing import capture_logs
-from support.callers import token_of
+from support.callers import credentials, token_of
 
 SPIFFE = "spiffe://example.org/ci"
 GET_RUN = run_service_pb2.DESCRIPTOR.services_by_name["RunService"].methods_by_name["GetRun"]
-
-
-def credentials(name: str, **more: Any) -> Credentials:
-    return Credentials(
-        caller=Caller(name=name, role=Role.VIEWER, max_calls=more.pop("max_calls", None)),
-        tokens=more.pop("tokens", (sha256(token_of(name).encode()).digest(),)),
-        **more,
-    )
 
 
 class Aborted(Exception):
@@ -144,7 +137,7 @@ def test_code_outside_of_a_call_sees_no_run() -> None:
 
 
 async def test_ten_thousand_wrong_tokens_write_two_lines_and_hide_no_other_caller() -> None:
-    guard = CallerGuard(CallerTable([credentials("a")]))
+    guard = CallerGuard(CallerTable([credentials("a")]), pace=RefusalPace(max_waiting=0))
     with capture_logs() as logged:
         for number in range(10_000):
             assert await admitted(guard, FakeContext(f"wrong{number}")) == "UNAUTHENTICATED"
@@ -186,7 +179,8 @@ async def test_a_refused_engine_is_logged_like_other_refused_calls() -> None:
 
 
 async def test_refused_calls_are_logged_when_their_interval_ends_without_another() -> None:
-    guard = CallerGuard(CallerTable([credentials("a")]), log_interval_s=0.01)
+    pace = RefusalPace(max_waiting=0)
+    guard = CallerGuard(CallerTable([credentials("a")]), log_interval_s=0.01, pace=pace)
     with capture_logs() as logged:
         for _ in range(3):
             await admitted(guard, FakeContext("wrong"))
@@ -245,6 +239,7 @@ NEW = token_of("new")
     [
         (credentials("a"), True),
         (credentials("a", max_calls=7), True),
+        (credentials("a", max_calls_per_s=7), True),
         (credentials("b"), False),
         (credentials("a", tokens=(sha256(NEW.encode()).digest(),)), False),
         (
@@ -259,7 +254,7 @@ NEW = token_of("new")
             False,
         ),
     ],
-    ids=["same", "limit", "removed", "token", "role", "engines"],
+    ids=["same", "limit", "rate", "removed", "token", "role", "engines"],
 )
 async def test_a_stream_ends_once_its_caller_was_removed_or_changed(
     *, after: Credentials, goes_on: bool

@@ -46,7 +46,7 @@ EXAMPLES: tuple[RunRecoveryError, ...] = (
     domain.CallerUnknown("the call has no token"),
     domain.RoleNotSufficient("ci", role="VIEWER", needed="OPERATOR"),
     domain.EngineNotAllowed("ci", "e1"),
-    domain.CallerOverloaded("ci"),
+    domain.CallerOverloaded("ci", limit="calls in a second"),
     domain.Fenced("instance 'secret'"),
     domain.ClaimLost("instance 'secret'"),
     domain.CommitsLost("secret"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import Final
+from typing import Any, Final
+
+from runrecovery_service.domain.caller import Caller, Credentials, Role
 
 ROLES: Final = ("viewer", "replier", "creator", "operator")
 RUNS, RECOVERY = "runrecovery.v1.RunService", "runrecovery.v1.RecoveryService"
@@ -57,3 +59,17 @@ def caller(name: str, role: str, **more: object) -> dict[str, object]:
     known = {"token_sha256", "token_file", "certificate_name"} & more.keys()
     token = {} if known else {"token_sha256": digest_of(token_of(name))}
     return {"name": name, "role": role, **token, **more}
+
+
+def credentials(name: str, **more: Any) -> Credentials:
+    """Return a viewer with its token, or with other tokens, a certificate or limits."""
+    return Credentials(
+        caller=Caller(
+            name=name,
+            role=Role.VIEWER,
+            max_calls=more.pop("max_calls", None),
+            max_calls_per_s=more.pop("max_calls_per_s", None),
+        ),
+        tokens=more.pop("tokens", (sha256(token_of(name).encode()).digest(),)),
+        **more,
+    )

@@ -123,8 +123,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     `engine`.
     """
     ERROR_REASON_CALLER_OVERLOADED: _ErrorReason.ValueType  # 33
-    """RESOURCE_EXHAUSTED. The caller has as many calls and streams in progress as it may have
-    (`max_calls` of the caller). RetryInfo says when to retry.
+    """RESOURCE_EXHAUSTED. The caller has as many calls and streams in progress, or has begun as many
+    in a second, as it may (`max_calls`, `max_calls_per_s`). RetryInfo says when to retry.
     """
     ERROR_REASON_OUTPUT_REMOVED: _ErrorReason.ValueType  # 34
     """NOT_FOUND. The run is kept, and its output was removed (configuration `retention`)."""
@@ -235,8 +235,8 @@ ERROR_REASON_ENGINE_NOT_ALLOWED: ErrorReason.ValueType  # 32
 `engine`.
 """
 ERROR_REASON_CALLER_OVERLOADED: ErrorReason.ValueType  # 33
-"""RESOURCE_EXHAUSTED. The caller has as many calls and streams in progress as it may have
-(`max_calls` of the caller). RetryInfo says when to retry.
+"""RESOURCE_EXHAUSTED. The caller has as many calls and streams in progress, or has begun as many
+in a second, as it may (`max_calls`, `max_calls_per_s`). RetryInfo says when to retry.
 """
 ERROR_REASON_OUTPUT_REMOVED: ErrorReason.ValueType  # 34
 """NOT_FOUND. The run is kept, and its output was removed (configuration `retention`)."""

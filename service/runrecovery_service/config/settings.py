@@ -179,6 +179,8 @@ class CallerSettings:
         engines: the engines whose runs the caller may create, see and change. Without this key all.
         max_calls: calls and streams of the caller at one time. Without this key only the limits of
             the service apply.
+        max_calls_per_s: calls and streams that the caller may begin in a second. Without this key
+            as many as it likes.
     """
 
     name: Annotated[str, values.name]
@@ -188,6 +190,7 @@ class CallerSettings:
     certificate_name: Annotated[str | None, values.filled] = None
     engines: Annotated[tuple[str, ...] | None, values.names] = None
     max_calls: Annotated[int | None, values.whole(1, 1_000_000)] = None
+    max_calls_per_s: Annotated[int | None, values.whole(1, 1_000_000)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,12 +49,14 @@ class Caller:
         name: recorded with everything that the caller changes.
         engines: the engines whose runs the caller may create, see and change. None: all.
         max_calls: calls and streams of the caller at one time. None: only the service has limits.
+        max_calls_per_s: calls and streams that the caller may begin in a second. None: no limit.
     """
 
     name: str
     role: Role
     engines: frozenset[str] | None = None
     max_calls: int | None = None
+    max_calls_per_s: int | None = None
 
     def demand_role(self, needed: Role) -> None:
         """Raise RoleNotSufficient unless the caller has this role."""
@@ -62,8 +64,8 @@ class Caller:
             raise RoleNotSufficient(self.name, role=self.role.name, needed=needed.name)
 
     def has_rights_of(self, other: Caller) -> bool:
-        """Return whether this is the same caller, and may do the same."""
-        return replace(self, max_calls=None) == replace(other, max_calls=None)
+        """Return whether this is the same caller, and may do the same. Limits do not count."""
+        return self._without_limits() == other._without_limits()
 
     def sees(self, engine: str) -> bool:
         """Return whether the caller may see the runs of this engine."""
@@ -78,6 +80,9 @@ class Caller:
         """Raise RunNotFound for a run that the caller may not see, as if there were no such run."""
         if not self.sees(engine):
             raise RunNotFound(run_id)
+
+    def _without_limits(self) -> Caller:
+        return replace(self, max_calls=None, max_calls_per_s=None)
 
 
 ANYONE: Final = Caller(name="", role=Role.OPERATOR)

@@ -347,12 +347,13 @@ class Overloaded(Exhausted):
 
 @dataclass(eq=False)
 class CallerOverloaded(Exhausted):
-    """The caller has as many calls and streams in progress as it may have."""
+    """The caller has reached a limit of its own; `limit` names it."""
 
     caller: str
+    limit: str = field(kw_only=True)
 
     def __str__(self) -> str:
-        return f"caller {self.caller!r} has reached its limit of calls in progress; retry later"
+        return f"caller {self.caller!r} has reached its limit of {self.limit}; retry later"
 
 
 @dataclass(eq=False)

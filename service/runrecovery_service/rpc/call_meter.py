@@ -20,6 +20,10 @@ OK: Final = grpc.StatusCode.OK
 CODES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 """The name of each code, by its number: grpc.aio gives the number of the code that was sent."""
 
+DELAYED: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"})
+"""Codes of refusals that may wait on purpose. They are not timed: one caller with a wrong token
+would look like a slow service."""
+
 
 class CallMeter:
     """Wraps handlers, and counts their calls. Use it on the event loop.
@@ -50,7 +54,8 @@ class CallMeter:
                 raise
             finally:
                 calls.add(method, code)
-                seconds.observe(perf_counter() - begun, method)
+                if code not in DELAYED:
+                    seconds.observe(perf_counter() - begun, method)
 
         return call
 

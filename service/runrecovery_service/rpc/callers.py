@@ -33,6 +33,7 @@ from runrecovery_service.domain.caller import (
 )
 from runrecovery_service.domain.errors import CallerOverloaded, CallerUnknown, Denied
 from runrecovery_service.rpc import errors
+from runrecovery_service.rpc.refusal_pace import Rate, RefusalPace
 
 AUTHORIZATION: Final = "authorization"
 LOG_INTERVAL_S: Final = 60.0
@@ -130,14 +131,23 @@ class _OpenStream:
 class CallerGuard:
     """Admits calls. Use it on the event loop."""
 
-    def __init__(self, table: CallerTable, *, log_interval_s: float = LOG_INTERVAL_S) -> None:
+    def __init__(
+        self,
+        table: CallerTable,
+        *,
+        log_interval_s: float = LOG_INTERVAL_S,
+        pace: RefusalPace | None = None,
+    ) -> None:
         """Make the guard.
 
         Args:
             log_interval_s: how often refused calls of one caller are logged.
+            pace: delays refusals; None: with the defaults.
         """
         self._table = table
         self._in_progress: Counter[str] = Counter()
+        self._rates: dict[str, Rate] = {}
+        self._pace = pace or RefusalPace()
         self._streams: set[_OpenStream] = set()
         self._refusals = RefusalLog(log_interval_s)
 
@@ -146,6 +156,10 @@ class CallerGuard:
         """The callers."""
         return self._table
 
+    def now_s(self) -> float:
+        """Return the time by which the calls in a second are counted."""
+        return asyncio.get_running_loop().time()
+
     def replace_table(self, table: CallerTable) -> None:
         """Admit the callers of another table from now on.
 
@@ -153,6 +167,7 @@ class CallerGuard:
         certificate no longer belongs to its caller. Calls with one response finish.
         """
         self._table = table
+        self._rates.clear()  # a caller may have another rate now
         now_s = asyncio.get_running_loop().time()
         for stream in self._streams:
             if stream.is_ended:  # and may still unwind
@@ -190,7 +205,7 @@ class CallerGuard:
 
         Call `release` afterwards. There are three reasons to end the call: neither its token nor
         its certificate belongs to a caller; the caller's role is less than `needed`; or the caller
-        has reached its limit of calls in progress.
+        has reached a limit of its own.
         """
         try:
             caller = self._identify(context)
@@ -198,6 +213,7 @@ class CallerGuard:
             self._demand_room(caller)
         except (CallerUnknown, Denied, CallerOverloaded) as error:
             self.record_refusal(context, method, error)
+            await self.pace_refusal("" if isinstance(error, CallerUnknown) else error.caller)
             status = errors.status_of(error)
             await context.abort(status.code, status.message, trailing_metadata=status.trailers)
         CALLER.set(caller)
@@ -221,6 +237,14 @@ class CallerGuard:
         name = "" if isinstance(error, CallerUnknown) else error.caller
         self._refusals.record(name, method=method, peer=context.peer(), reason=str(error))
 
+    async def pace_refusal(self, caller: str) -> None:
+        """Return when a refusal of the caller may be answered: later if there are many."""
+        await self._pace.wait(caller)
+
+    def end_waiting(self) -> None:
+        """Answer waiting refusals now, and later ones at once: the server stops."""
+        self._pace.end()
+
     def log_refusals(self) -> None:
         """Log now the refused calls that would be logged at the end of a minute."""
         self._refusals.flush()
@@ -231,7 +255,14 @@ class CallerGuard:
 
     def _demand_room(self, caller: Caller) -> None:
         if caller.max_calls is not None and self._in_progress[caller.name] >= caller.max_calls:
-            raise CallerOverloaded(caller.name)
+            raise CallerOverloaded(caller.name, limit="calls in progress")
+        if caller.max_calls_per_s is not None:
+            rate = self._rates.get(caller.name)
+            if rate is None:
+                rate = Rate(caller.max_calls_per_s, burst=caller.max_calls_per_s)
+                self._rates[caller.name] = rate
+            if rate.take(self.now_s()) is None:
+                raise CallerOverloaded(caller.name, limit="calls in a second")
 
     def _identify(self, context: Context) -> Caller:
         table = self._table

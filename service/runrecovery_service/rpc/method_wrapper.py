@@ -101,18 +101,19 @@ class MethodWrapper:
             self.calls.track(context)
             # Before the limits: a refused call must not take the place of another caller's.
             caller = await self._admit(context, method)
-            self._open_unary += weight
             try:
-                self._check_call_limit(weight)
-                if gate.state is not serving:
-                    gate.check_access(access)
-                response = await respond(parse(payload))
-                return response.SerializeToString()
+                self._open_unary += weight
+                try:
+                    self._check_call_limit(weight)
+                    if gate.state is not serving:
+                        gate.check_access(access)
+                    response = await respond(parse(payload))
+                    return response.SerializeToString()
+                finally:  # before the refusal, which may have to wait
+                    self._open_unary -= weight
+                    self._release(caller)
             except Exception as error:  # noqa: BLE001 - last handler: every error gets a status
-                await self._fail(context, method, error)
-            finally:
-                self._open_unary -= weight
-                self._release(caller)
+                await self._fail(context, method, caller, error)
 
         traced = call if self._tracer is None else self._tracer.wrap(method.name, call)
         return traced if self._meter is None else self._meter.unary(method.name, traced)
@@ -127,21 +128,22 @@ class MethodWrapper:
             self.calls.track(context)
             # Before the limits: a refused call must not take the place of another caller's.
             caller = await self._admit(context, method)
-            self._open_streams += 1
             try:
-                self._check_stream_limit()
-                gate.check_access(access)
-                async with self._while_admitted(context, caller):
-                    await self._send_all(context, respond(parse(payload)))
+                self._open_streams += 1
+                try:
+                    self._check_stream_limit()
+                    gate.check_access(access)
+                    async with self._while_admitted(context, caller):
+                        await self._send_all(context, respond(parse(payload)))
+                finally:  # before the refusal, which may have to wait
+                    self._open_streams -= 1
+                    self._release(caller)
             except (CallerUnknown, SlowReader) as error:
                 if self._meter is not None and isinstance(error, SlowReader):
                     self._meter.note_cut(method.name)
                 await _cut_off(context, method, error)
             except Exception as error:  # noqa: BLE001 - last handler: every error gets a status
-                await self._fail(context, method, error)
-            finally:
-                self._open_streams -= 1
-                self._release(caller)
+                await self._fail(context, method, caller, error)
 
         traced = call if self._tracer is None else self._tracer.wrap(method.name, call)
         return traced if self._meter is None else self._meter.stream(method.name, traced)
@@ -164,9 +166,14 @@ class MethodWrapper:
         if self._guard is not None:
             self._guard.release(caller)
 
-    async def _fail(self, context: Context, method: Method, error: Exception) -> NoReturn:
-        if self._guard is not None and isinstance(error, Denied):
-            self._guard.record_refusal(context, method.name, error)
+    async def _fail(
+        self, context: Context, method: Method, caller: Caller, error: Exception
+    ) -> NoReturn:
+        """End a call that takes no slot any more. Its refusal waits if the caller has many."""
+        if self._guard is not None and isinstance(error, Denied | Overloaded):
+            if isinstance(error, Denied):
+                self._guard.record_refusal(context, method.name, error)
+            await self._guard.pace_refusal(caller.name)
         await _abort(context, method, error)
 
     def _while_admitted(

@@ -53,7 +53,7 @@ class GrpcServer:
             calls: the calls that a stop waits for.
             gate: informed whether the service still has its address. None: no gate is informed.
             tls: None: connections are not encrypted.
-            guard: logs at a stop which calls it has refused.
+            guard: at a stop it answers the refusals that wait, and logs which calls it has refused.
         """
         self._build = build
         self._guard = guard
@@ -96,6 +96,8 @@ class GrpcServer:
         if self._spare is not None:
             os.close(self._spare)
             self._spare = None
+        if self._guard is not None:
+            self._guard.end_waiting()
         try:
             if self._keeper is not None:
                 self._keeper.cancel()

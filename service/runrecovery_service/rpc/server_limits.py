@@ -52,6 +52,11 @@ class ServerLimits:
     max_age_s: float | None = None
 
 
+def calls_per_connection(max_concurrent_streams: int) -> int:
+    """Return how many calls and streams one connection may have at one time."""
+    return min(max_concurrent_streams, MAX_WATCHES_PER_CONNECTION) + CALLS_PER_CONNECTION
+
+
 def probe_limits(max_connections: int) -> ServerLimits:
     """Return the limits of the server for health probes."""
     return ServerLimits(
@@ -71,8 +76,7 @@ def server_options(limits: ServerLimits) -> tuple[tuple[str, int], ...]:
     """Return the options of a gRPC server with these limits."""
     calls = limits.calls_per_connection
     if calls is None:
-        watches = min(limits.max_concurrent_streams, MAX_WATCHES_PER_CONNECTION)
-        calls = watches + CALLS_PER_CONNECTION
+        calls = calls_per_connection(limits.max_concurrent_streams)
     age = (
         ()
         if limits.max_age_s is None

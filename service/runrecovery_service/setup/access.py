@@ -79,6 +79,7 @@ def _credentials(settings: CallerSettings) -> Credentials:
             role=Role[settings.role.name],
             engines=None if settings.engines is None else frozenset(settings.engines),
             max_calls=settings.max_calls,
+            max_calls_per_s=settings.max_calls_per_s,
         ),
         tokens=digests,
         certificate_name=settings.certificate_name,

@@ -15,8 +15,9 @@ from runrecovery_service.rpc.callers import CallerGuard, CallerTable
 from runrecovery_service.rpc.certificates import TlsUnusable
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import count_addresses
+from runrecovery_service.rpc.refusal_pace import RefusalPace
 from runrecovery_service.rpc.server import GrpcServer
-from runrecovery_service.rpc.server_limits import ServerLimits
+from runrecovery_service.rpc.server_limits import ServerLimits, calls_per_connection
 from runrecovery_service.rpc.server_setup import build_probe_server
 from runrecovery_service.rpc.tls import ServerTls
 from runrecovery_service.setup.access import read_callers, tls_files
@@ -74,7 +75,13 @@ class Entrance:
             metrics_connections=scraping,
             probe_connections=probing and probing // count_addresses(settings.probe_listen),
             tls=None if files is None else ServerTls(files),
-            guard=CallerGuard(CallerTable(known)),
+            guard=CallerGuard(
+                CallerTable(known),
+                # A proxy may need the other half of the connection for other callers.
+                pace=RefusalPace(
+                    max_waiting=calls_per_connection(settings.max_concurrent_streams) // 2
+                ),
+            ),
         )
 
     def limits(self, settings: Settings) -> ServerLimits:

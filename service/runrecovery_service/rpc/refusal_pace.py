@@ -1,0 +1,115 @@
+"""Answers the refused calls of a caller at a bounded rate.
+
+A refused call costs a tenth of a millisecond or more of the processor, and a caller that is refused
+at once may call again at once. Such a caller would slow down every other one. So refusals beyond a
+rate are answered late: they wait, and a caller without a pause is slowed by its own calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Final
+
+from runrecovery_service.clock import wait_within
+
+REFUSALS_PER_S: Final = 100.0
+"""Refusals of one caller that are answered in a second. All unknown callers count as one. They
+cost some 3% of a processor."""
+MAX_WAITING: Final = 500
+"""Of one caller: less than half of the streams that a connection may have by default."""
+MAX_WAIT_S: Final = 1.0
+"""The longest wait. A refusal that can be retried names the same time in its RetryInfo."""
+
+ROUNDING_S: Final = 1e-6
+"""Sums of intervals are inexact: thirds of a second would make a burst one event shorter."""
+
+
+class Rate:
+    """Spaces events evenly: at most `per_s` in each second. The caller gives the time.
+
+    Args:
+        burst: so many events may come at once after a quiet time.
+    """
+
+    def __init__(self, per_s: float, *, burst: int = 1) -> None:
+        self._interval_s = 1 / per_s
+        self._lead_s = (burst - 1) * self._interval_s
+        self._next_s = -float("inf")
+
+    def take(self, now_s: float, *, within_s: float = 0.0) -> float | None:
+        """Return the seconds until the next event may happen, and count the event.
+
+        None, and nothing is counted, if that is more than `within_s` seconds. So an event that
+        does not happen delays no later one.
+        """
+        next_s = max(self._next_s, now_s - self._lead_s)
+        wait_s = next_s - now_s if next_s - now_s > ROUNDING_S else 0.0
+        if wait_s > within_s:
+            return None
+        self._next_s = next_s + self._interval_s
+        return wait_s
+
+
+class RefusalPace:
+    """Delays refusals. Use it on the event loop.
+
+    The first refusal after a quiet time is answered at once: an error of a person or a test is seen
+    immediately, and only repeated ones cost others anything.
+
+    A waiting refusal keeps its request in memory, and its stream of the connection, of which a
+    proxy may need the rest for other callers. So the number that waits is bounded. Refusals beyond
+    it are answered at once: they cost processor time, but no memory.
+
+    Args:
+        max_waiting: the most refusals of one caller that wait at one time. Of all callers: twice as
+            many.
+        per_s: refusals of one caller that are answered in a second.
+        max_wait_s: the longest wait. Of more than `per_s * max_wait_s` waiting refusals of one
+            caller, each waits that long.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_waiting: int = MAX_WAITING,
+        per_s: float = REFUSALS_PER_S,
+        max_wait_s: float = MAX_WAIT_S,
+    ) -> None:
+        self._per_s = per_s
+        self._max_wait_s = max_wait_s
+        self._max_waiting = max_waiting
+        self._rates: dict[str, Rate] = {}
+        self._waiting: Counter[str] = Counter()
+        self._ended = asyncio.Event()
+
+    @property
+    def waiting(self) -> int:
+        """How many refusals wait now."""
+        return self._waiting.total()
+
+    async def wait(self, caller: str) -> None:
+        """Return when a refusal of this caller may be answered, after at most `max_wait_s`.
+
+        Args:
+            caller: its name; empty for all unknown ones.
+        """
+        if self._ended.is_set() or not self._has_room(caller):
+            return
+        now_s = asyncio.get_running_loop().time()
+        rate = self._rates.setdefault(caller, Rate(self._per_s))
+        wait_s = rate.take(now_s, within_s=self._max_wait_s)
+        if wait_s == 0:
+            return
+        self._waiting[caller] += 1
+        try:
+            await wait_within(self._ended, self._max_wait_s if wait_s is None else wait_s)
+        finally:  # also when the caller has cancelled the call, or its deadline is over
+            self._waiting[caller] -= 1
+
+    def end(self) -> None:
+        """Answer the waiting refusals now, and every later one at once: the server stops."""
+        self._ended.set()
+
+    def _has_room(self, caller: str) -> bool:
+        return self._waiting[caller] < self._max_waiting and self.waiting < 2 * self._max_waiting
