@@ -185,6 +185,7 @@ bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/watch.py --rounds 3 --seconds 1
 	@$(BIN)/python bench/sessions.py --files 500 --rounds 3
 	@$(BIN)/python bench/replicas.py --runs 20000 --rounds 1 --seconds 1
+	@$(BIN)/python bench/console.py --runs 20000 --rounds 3 --seconds 1
 	@$(BIN)/python bench/memory.py --runs 400 --every 200
 
 lock: $(READY) ## Recompile the hash-pinned requirements
