@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from runrecovery_service.console.visitors import form_token
 from support.api import Api
-from support.callers import token_of
+from support.callers import caller, digest_of, token_of
 from support.console_api import ConsoleVisit
 from support.http_api import http_address
 from support.service import Home, ServiceProcess
@@ -65,6 +66,40 @@ def test_the_cookie_is_for_this_site_alone_and_not_for_scripts(guarded: ServiceP
     assert cookie == (
         f"runrecovery-token={token_of('viewer')}; HttpOnly; Max-Age=43200; Path=/; SameSite=strict"
     )
+
+
+def test_a_token_that_is_removed_by_a_reload_is_a_login_no_more(tmp_path: Path) -> None:
+    callers = [caller("ada", "viewer"), caller("boss", "operator")]
+    with Home(tmp_path, http_listen="127.0.0.1:0", callers=callers, token=token_of("boss")) as home:
+        service, _ = home.start()
+        visit = logged_in(service, "ada")
+        assert visit.get("/").status == 200
+        home.write_config(callers=callers[1:])
+        service.popen.send_signal(signal.SIGHUP)
+        service.until_event("service.reloaded")
+
+        assert visit.get("/").headers["location"] == "/login"
+        assert visit.get("/live/waiting").status == 401
+
+
+def test_a_token_with_characters_of_base64_keeps_its_login(tmp_path: Path) -> None:
+    token = "aB3/xY+9" * 5 + "=="
+    callers = [caller("boss", "operator", token_sha256=digest_of(token))]
+    with Home(tmp_path, http_listen="127.0.0.1:0", callers=callers, token=token) as home:
+        service, _ = home.start()
+        visit = ConsoleVisit(http_address(service))
+        visit.log_in(token)
+
+        assert visit.get("/instances").status == 200
+
+
+def test_a_caller_with_few_calls_at_a_time_can_open_a_run(tmp_path: Path) -> None:
+    callers = [caller("ada", "creator", max_calls=2)]
+    with Home(tmp_path, http_listen="127.0.0.1:0", callers=callers, token=token_of("ada")) as home:
+        service, api = home.start()
+        ask(api, "few-calls")
+
+        assert logged_in(service, "ada").get("/runs/few-calls").status == 200
 
 
 def test_a_link_of_another_site_leads_to_the_page_and_not_to_the_login(

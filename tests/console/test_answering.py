@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf.json_format import MessageToDict
 from support.api import Api, status_word
 from support.console_api import ConsoleVisit
+from support.http_api import http_address
+from support.service import Home
 
 OPTIONS = ["yes", {"label": "Later", "value": {"hours": 2}}]
 FIELDS = [{"label": "Your name", "value": "name"}, "city"]
@@ -97,6 +100,22 @@ def test_a_form_of_another_state_of_the_run_is_refused(visit: ConsoleVisit, api:
     assert sent.status == 409
     assert b"The run has changed meanwhile" in sent.body
     assert answer_in(api, "stale") is None
+
+
+def test_an_answer_that_the_service_cannot_take_now_is_shown_again(tmp_path: Path) -> None:
+    with Home(tmp_path, http_listen="127.0.0.1:0", insecure_listen=True) as home:
+        service, api = home.start()
+        ask(api, "later", kind="open_text")
+        visit = ConsoleVisit(http_address(service))
+        form = visit.form_of("later")
+        with home.store(writable=True) as store:  # SQLite refuses every other write meanwhile
+            store.execute("BEGIN IMMEDIATE")
+            sent = visit.post("/runs/later/answer", {**form, "text": "my long answer"})
+
+        assert sent.status == 503
+        assert b"Nothing was sent." in sent.body
+        assert b"my long answer" in sent.body
+        assert b"data-live" not in sent.body
 
 
 def test_an_empty_answer_is_refused_with_the_reason(visit: ConsoleVisit, api: Api) -> None:

@@ -77,6 +77,22 @@ def test_what_a_person_types_stays_when_somebody_else_answers(page: Page, api: A
     expect(article.get_by_role("button", name="Send answer")).to_be_disabled()
 
 
+def test_an_answer_that_comes_too_late_says_so_and_the_page_goes_on(page: Page, api: Api) -> None:
+    ask(api, "too-late")
+    page.route("**/live/**", lambda route: route.abort())  # the news comes too late, too
+    page.goto("/runs/too-late")
+    page.get_by_role("textbox", name="Your answer").fill("my answer")
+    api.reply("too-late", 1, "theirs")
+    api.until_ended("too-late")
+    page.evaluate("document.querySelector('form.answer').submit()")
+
+    expect(page.get_by_text("Somebody else answered this question before you.")).to_be_visible()
+    expect(page.get_by_text("my answer")).to_be_visible()
+    page.unroute("**/live/**")
+    page.goto("/runs/too-late")
+    expect(page.get_by_role("heading", name="Result")).to_be_visible()
+
+
 def test_other_questions_come_and_go_while_a_person_types(page: Page, api: Api) -> None:
     ask(api, "kept-open")
     page.goto("/")

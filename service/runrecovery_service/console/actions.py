@@ -32,6 +32,10 @@ _CHANGED: Final = {grpc.StatusCode.ABORTED, grpc.StatusCode.FAILED_PRECONDITION}
 """The codes of a call that came too late: the run has changed."""
 
 
+_WRITTEN: Final = frozenset({"text", "reason", "input", *(f"field-{at}" for at in range(100))})
+"""The fields of a question's form in which a person writes."""
+
+
 class Actions:
     """What forms do."""
 
@@ -55,7 +59,8 @@ class Actions:
             if error.code is grpc.StatusCode.INVALID_ARGUMENT:
                 return await self._again(request, visitor, contract, 422, error.message, given)
             if error.code not in _CHANGED:
-                raise
+                written = "\n".join(text for name, text in given.items() if name in _WRITTEN)
+                return self._site.failure(visitor, error, is_form=True, written=written)
             late = await _late_answer(contract, run_id, given)
             if late is not None:
                 return await self._again(request, visitor, contract, 409, late, given)

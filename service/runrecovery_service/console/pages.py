@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -67,16 +66,25 @@ class Site:
             try:
                 response = await respond(request, visitor, self.contract_of(visitor))
             except CallFailed as error:
-                response = self.failure(visitor, error)
+                response = self.failure(visitor, error, is_form=request.method != "GET")
             self.visitors.keep_secret(response, visitor)
             return response
 
         return endpoint
 
-    def failure(self, visitor: Visitor, error: CallFailed) -> Response:
-        """Return the page of a call that failed."""
+    def failure(
+        self, visitor: Visitor, error: CallFailed, *, is_form: bool, written: str = ""
+    ) -> Response:
+        """Return the page of a call that failed.
+
+        Args:
+            is_form: the call was made for a form, so the page cannot be loaded again.
+            written: what a person had written into the form.
+        """
         status, title, advice = _FAILURES.get(error.code, _UNEXPECTED)
-        is_away = error.code is grpc.StatusCode.UNAVAILABLE
+        is_away = error.code is grpc.StatusCode.UNAVAILABLE and not is_form
+        if is_form:
+            advice = "Nothing was sent. Go back, and send the form again when the cause is gone."
         return self.renderer.page(
             "failure",
             visitor,
@@ -88,13 +96,21 @@ class Site:
             live="/live/service" if is_away else "",
             version="away" if is_away else "",
             reload_s=3 if is_away else 0,
+            written=written,
         )
 
     def not_found(self, visitor: Visitor | None) -> Response:
         """Return the page of an address that does not exist."""
         status, title, advice = _FAILURES[grpc.StatusCode.NOT_FOUND]
         return self.renderer.page(
-            "failure", visitor, status, title=title, advice=advice, message="", reason=""
+            "failure",
+            visitor,
+            status,
+            title=title,
+            advice=advice,
+            message="",
+            reason="",
+            written="",
         )
 
     def _login_first(self, request: Request) -> Response:
@@ -196,12 +212,11 @@ class RunPages:
         query = request.query_params
         channel = query.get("channel", "") if query.get("channel") in CHANNELS else "stdout"
         start = output_offset(query.get("from"))
-        seen, questions, explained, output = await asyncio.gather(
-            contract.run_events(run_id),
-            contract.list_interactions(run_id),
-            contract.explain(run_id),
-            output_view(contract, run_id, channel, start),
-        )
+        # One after another: a caller may have only few calls at a time (`max_calls`).
+        seen = await contract.run_events(run_id)
+        questions = await contract.list_interactions(run_id)
+        explained = await contract.explain(run_id)
+        output = await output_view(contract, run_id, channel, start)
         now = datetime.now(UTC)
         view = run_view(seen.run, now)
         follow = (
@@ -225,6 +240,7 @@ class RunPages:
             notice=_notice(request),
             limit=WHOLE_CHARS if query.get("whole") else SHORT_CHARS,
             live=f"/live/runs/{run_id}",
+            page="" if request.method == "GET" else f"/runs/{run_id}",
             version=str(seen.sequence),
         )
 

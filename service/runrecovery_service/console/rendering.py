@@ -53,7 +53,8 @@ class Renderer:
             visitor: None on pages for everyone, such as the login.
             values: what the template names. `live`: the address of the stream that says when the
                 page has changed; empty: none. `version`: what the stream says if it has not.
+                `page`: the address of the page; empty: the one that was asked for.
         """
-        given = {"live": "", "version": "", "notice": "", "reload_s": 0} | values
+        given = {"live": "", "version": "", "page": "", "notice": "", "reload_s": 0} | values
         html = self._templates.get_template(f"{name}.html").render(visitor=visitor, **given)
         return HTMLResponse(html, status)

@@ -17,6 +17,12 @@ let watchdog = 0;
 let retry = 0;
 let isAway = false;
 let loading = null;
+const here = document.body.dataset.page ?? location.href; // of a page that answers a form: where it leads
+
+function reload() {
+  if (document.body.dataset.page) location.assign(here);
+  else location.reload();
+}
 
 // -- times -----------------------------------------------------------------------------------
 
@@ -113,7 +119,7 @@ function swap(page) {
   document.title = page.title;
   for (const after of page.querySelectorAll("[data-swap]")) {
     const before = document.querySelector(`[data-swap="${after.dataset.swap}"]`);
-    if (!before) return location.reload();
+    if (!before) return reload();
     if (after.dataset.swap === "output" && before.dataset.key === after.dataset.key && before.querySelector("[data-follow]")) continue;
     const list = before.querySelector("[data-list]");
     const html = after.outerHTML;
@@ -132,15 +138,15 @@ function swap(page) {
       else if (article) article.querySelector("input[name=etag]").value = fresh.querySelector("input[name=etag]")?.value ?? "";
     }
   }
-  if (document.querySelectorAll("[data-swap]").length !== page.querySelectorAll("[data-swap]").length) return location.reload();
+  if (document.querySelectorAll("[data-swap]").length !== page.querySelectorAll("[data-swap]").length) return reload();
   showTimes(document);
 }
 
 // -- the stream ------------------------------------------------------------------------------
 
 async function refresh() {
-  const response = await fetch(location.href, { headers: { accept: "text/html" }, cache: "no-store" });
-  if (response.redirected || response.status === 401) return location.reload();
+  const response = await fetch(here, { headers: { accept: "text/html" }, cache: "no-store" });
+  if (response.redirected || response.status === 401) return reload();
   const page = new DOMParser().parseFromString(await response.text(), "text/html");
   swap(page);
   version = page.body.dataset.version;
@@ -218,7 +224,7 @@ function connect() {
     showBack();
   });
   mine.addEventListener("output", (event) => { alive(); addOutput(event); });
-  mine.addEventListener("end", () => { disconnect(); location.reload(); });
+  mine.addEventListener("end", () => { disconnect(); reload(); });
   mine.addEventListener("error", () => {
     if (stream !== mine) return;
     disconnect();
