@@ -33,7 +33,7 @@ def note_loss(data_dir: Path, reason: str, *, prefix: str = "") -> None:
     """Log a loss, and write the note.
 
     Args:
-        prefix: what only the note has before the reason.
+        prefix: text before the reason, only in the note.
     """
     log.critical("storage.commits_lost", reason=reason)
     try:

@@ -1,7 +1,8 @@
 """Notes the latest renewal of the lease on disk, so that the next start notices its loss.
 
-A service that was down during a failover has no other memory of what PostgreSQL has acknowledged.
-Peers do not write what is compared, so their writes after the failover do not hide the loss.
+A service that was down during a failover has no other record of a commit that PostgreSQL has
+acknowledged. Peers do not write the compared columns, so their writes after the failover do not
+hide the loss.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ log = structlog.get_logger()
 class RenewalNote:
     """The note of this start in its data directory.
 
-    The file is not synced: after a power cut an older note proves less, and nothing wrong.
+    The file is not synced. After a power cut it may have an older renewal, which proves less, but
+    nothing wrong.
     """
 
     def __init__(self, data_dir: Path, start: Renewal) -> None:
-        """Write nothing yet.
+        """Create the note without writing a file.
 
         Args:
             start: identifies this start.
@@ -47,9 +49,11 @@ class RenewalNote:
         self._writing: Future[None] | None = None
 
     def keep(self, lease_until_us: int) -> None:
-        """Note an acknowledged renewal in a thread. A disk that hangs must not delay the next one.
+        """Note an acknowledged renewal, in a thread.
 
-        It is not noted while the write of an earlier one hangs.
+        A disk that hangs must not delay the next renewal.
+
+        While the write of an earlier renewal hangs, later renewals are not noted.
         """
         if self._writing is not None and not self._writing.done():
             return
@@ -77,10 +81,10 @@ def note_loss_while_down(
 ) -> None:
     """Note that the database has lost the latest renewal of the start before this one.
 
-    Call this before the claim, which replaces what is compared.
+    Call this before the claim of the epoch, which replaces the compared columns.
 
     Raises:
-        DatabaseRefused, DatabaseOutOfReach: see `refusing`.
+        DatabaseRefused, DatabaseOutOfReach: the database cannot be used; see `refusing`.
     """
     place = data_dir / NOTE_FILE
     noted = _read(place)

@@ -1,4 +1,4 @@
-"""The kept output of a killed service is completed with what its shims have saved."""
+"""The kept output of a killed service is completed by the rests that its shims have saved."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Attempt:
         )
 
     def complete(self, dialect: Dialect = JSON_LINES, handle: str | None = None) -> bytes:
-        """Complete the output; return what follows the line of the earlier turn."""
+        """Complete the output; return the text after the line of the earlier turn."""
         self.completer(dialect).complete(turn_of(dialect, handle))
         kept = self.workspaces.output(1, 1).read_bytes()
         assert kept.startswith(BEFORE)

@@ -176,7 +176,7 @@ def test_a_run_is_reopened_only_before_its_deadline(store: ServiceStore) -> None
     assert run.reopenable_until is not None
     store.advance(REOPEN_S + 1)
 
-    with pytest.raises(RunNotReopenable, match="window"):
+    with pytest.raises(RunNotReopenable, match="is over"):
         reopen(store, run)
 
 

@@ -39,7 +39,7 @@ _NAMES: Final = frozenset(
 
 
 def is_output_name(name: str) -> bool:
-    """Return True for the name of a file with output, in the folder of an attempt."""
+    """Return whether a name in the folder of an attempt is that of an output file."""
     return name in _NAMES or name.endswith(REST_SUFFIX)
 
 

@@ -39,7 +39,7 @@ class Workspaces:
         return self.attempt(run_key, attempt) / f"shim-{turn}.log"
 
     def output_rest(self, run_key: int, attempt: int, turn: int) -> Path:
-        """Return the file in which a shim saves output that its service left unkept."""
+        """Return the file in which a shim saves output that its service has not kept."""
         return self.attempt(run_key, attempt) / f"stdout-{turn}{REST_SUFFIX}"
 
     def permissions(self, run_key: int, attempt: int) -> Path:

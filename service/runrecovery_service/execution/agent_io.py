@@ -235,7 +235,7 @@ class AgentIO:
                 self.events.put_nowait(message)
 
     async def _keep_stdout(self, data: bytes) -> None:
-        """Keep what was taken from the backlog, up to the beginning of the unfinished line."""
+        """Keep data from the backlog, which reaches to the beginning of the unfinished line."""
         upto = self._backlog.taken_to - sum(map(len, self._line_start))
         await self._keep(OutputChannel.STDOUT, partial(self._append_stdout, data, upto))
 
@@ -246,7 +246,7 @@ class AgentIO:
             self.log.output_lost(channel=channel.value, error=error.strerror)
 
     def _append_stdout(self, data: bytes, upto: int) -> None:
-        """Append to the output file, and record that in the spool, even if the task is canceled."""
+        """Append to the output file and record this in the spool, even if the task is cancelled."""
         size: int | None = None
         try:
             size = self._append(OutputChannel.STDOUT, data)

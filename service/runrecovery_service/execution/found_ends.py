@@ -98,7 +98,7 @@ class EndFinder:
 
 
 def kept_turn(workspaces: Workspaces, turn: OpenTurn) -> KeptTurn:
-    """Return the facts with which the output of a turn is parsed again."""
+    """Return the facts that are needed to parse the kept output of a turn."""
     session, place = turn.session, (turn.run_key, turn.attempt)
     return KeptTurn(
         handle=None if session is None else session.handle,

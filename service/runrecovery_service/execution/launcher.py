@@ -154,12 +154,12 @@ class Launch:
         return shim is None or shim.dead
 
     def need_no_output(self) -> None:
-        """Keep no more output of the agent: the shim may exit with its tree."""
+        """Tell the shim that no more output is needed, so that it may exit with its tree."""
         if self._process is not None:
             self._process.need_no_output()
 
     def leave_output(self) -> None:
-        """Leave the output that is not kept to the shim. The supervisor reads no more."""
+        """Stop reading, and leave the output that is not kept yet to the shim."""
         if self._process is not None:
             self._process.leave_output()
 

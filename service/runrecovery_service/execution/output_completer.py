@@ -1,10 +1,10 @@
-"""Completes the kept output of turns with what their agents had printed last.
+"""Appends the last output of agents to the kept output of their turns.
 
-A service that is killed may have read output that it had not kept, or may not have read it yet. The
-shim saves both as a file of raw bytes. Here they are redacted like the output of a living process,
-and appended. Where the file of the output ends is not certain: the service may have been killed
-while it appended. So what it has from the recorded position on must be the beginning of the same
-text, and only the rest of this text is appended.
+When a service is killed, some output may be read but not kept, and some not read yet. The shim
+saves this *rest* as a file of raw bytes. This module redacts the rest like the output of a living
+process, and appends it. The service may have been killed while it appended, so part of the rest may
+already be in the output file. The content of the file after the recorded position must therefore be
+a beginning of the redacted rest, and only the remainder is appended.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from runrecovery_service.storage.launch_records import LaunchRecord
 log = structlog.get_logger()
 
 MOST_BYTES: Final = 32 << 20
-"""A larger rest is not one of a shim."""
+"""The most bytes of a rest. A shim never saves a larger one."""
 
 
 class NotComplete(Exception):
-    """The output cannot be completed. The text says why."""
+    """The output cannot be completed. The text is the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,8 @@ class OutputCompleter:
     """Completes the output of turns whose shims have ended. Blocking.
 
     Attributes:
-        boot_id: the current boot of the machine. A crash may have lost output of an earlier one.
+        boot_id: the current boot of the machine. Rests of earlier boots are not used, because a
+            crash of the machine may have lost output.
     """
 
     catalog: Catalog
@@ -51,7 +52,7 @@ class OutputCompleter:
     boot_id: str
 
     def has_rest(self, launch: LaunchRecord) -> bool:
-        """Return True if the shim of a launch has saved a rest of the output."""
+        """Return whether the shim of a launch has saved a rest of the output."""
         if launch.pid is None or launch.start_ticks is None or launch.boot_id != self.boot_id:
             return False
         journal = self.workspaces.shim_journal(launch.run_key, launch.attempt, launch.turn)
@@ -61,7 +62,7 @@ class OutputCompleter:
             return False
 
     def complete(self, turn: OpenTurn) -> None:
-        """Append the rest of the output. What was appended already is not appended again."""
+        """Append the rest of the output. A repetition appends nothing twice."""
         try:
             size = self._complete(turn)
         except (NotComplete, HandleUnusable, UnknownEngine, OSError) as error:
@@ -99,7 +100,7 @@ class OutputCompleter:
         return len(added)
 
     def _present(self, turn: OpenTurn, begin: int, most: int) -> bytes:
-        """Return what the output file has from a position on."""
+        """Return the content of the output file after a position."""
         try:
             return self.output.read(
                 turn.run_key, turn.attempt, OutputChannel.STDOUT, begin, most
@@ -108,10 +109,10 @@ class OutputCompleter:
             return b""
 
     def _redacted(self, turn: OpenTurn, rest: RecordedRest, path: Path) -> bytes:
-        """Return the rest as it may be kept and shown.
+        """Return the rest without secrets.
 
-        Half a line counts only if the agent had ended by itself. A killed agent may have printed
-        half of a secret, which could not be found.
+        An unfinished last line is kept only if the agent had ended by itself. If the agent was
+        killed, the line may have half of a secret, which cannot be recognized.
         """
         with open(open_regular(path, os.O_RDONLY), "rb") as file:  # noqa: PTH123 - opened safely
             raw = file.read(min(rest.size, MOST_BYTES) + 1)

@@ -28,7 +28,7 @@ async def read(descriptor: int) -> bytes:
 
 
 async def read_by(descriptor: int, take: Callable[[int], R]) -> R:
-    """Wait until a pipe has data or has ended, and return what `take` makes of it."""
+    """Wait until a pipe has data or has ended, then return the result of `take`."""
     os.set_blocking(descriptor, False)
     loop = asyncio.get_running_loop()
     while True:

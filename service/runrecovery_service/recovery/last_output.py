@@ -1,4 +1,4 @@
-"""Completes the kept output of killed turns. `execution/` appends to the files."""
+"""Completes the kept output of killed turns, by an interface that `execution/` implements."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from runrecovery_service.storage.launch_records import LaunchRecord
 
 
 class CompletesOutput(Protocol):
-    """Completes the kept output of turns with what their agents had printed last. Blocking."""
+    """Appends the last output of agents to the kept output of their turns. Blocking."""
 
     def has_rest(self, launch: LaunchRecord) -> bool:
-        """Return True if the shim of a launch has saved output that its service had not kept."""
+        """Return whether the shim of a launch has saved output that its service had not kept."""
         ...
 
     def complete(self, turn: OpenTurn) -> None:
-        """Append that output to the kept output."""
+        """Append the saved output to the kept output of the turn."""
         ...
 
 
@@ -31,7 +31,7 @@ def complete_outputs(
     """Complete the output of launches whose shims have ended.
 
     Raises:
-        RecoveryInterrupted: the service is to stop.
+        RecoveryInterrupted: a stop was requested.
     """
     for launch in filter(outputs.has_rest, launches):
         if stop.is_set():

@@ -11,8 +11,7 @@ serves. After a crash in any step, the next start repeats the step.
 3. Find results and questions of turns that had ended before their end could be recorded. Count the
    model calls of killed turns. Decide on every run of an earlier epoch, in batches.
 4. Clear sessions and open questions of ended runs.
-5. Remove trust entries that no run needs from the files of agent CLIs. A failure of this step does
-   not prevent a start.
+5. Remove trust entries that no run needs. A failure of this step does not prevent a start.
 6. Convert deadlines to the steady clock of this boot.
 7. Commit the report, with the result of the containment probe. Only then the gate opens.
 """
@@ -361,7 +360,7 @@ class Recovery:
         if not launches:
             return
         endings = self.leftovers.launches.end(launches)
-        # Before the launches are closed: after a crash in between, the next start repeats it.
+        # Before the launches are closed, so that after a crash the next start repeats it.
         if self.leftovers.outputs is not None and not self._elsewhere:
             gone = [each for each in launches if endings[each.key].gone]
             complete_outputs(db, self.leftovers.outputs, gone, self.stop)

@@ -321,10 +321,10 @@ class Storage:
 
 
 def _on_primary(db: Database, read: Callable[[], R]) -> R:
-    """Return the result of a read that no standby has answered."""
+    """Run a read, and return its result if the primary server has answered it, not a standby."""
     try:
         result = read()
-    except RunRecoveryError:  # a standby may lack the row
+    except RunRecoveryError:  # perhaps from a standby, which lacks the row
         db.demand_primary()
         raise
     db.demand_primary()

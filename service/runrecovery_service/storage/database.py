@@ -128,12 +128,13 @@ class Database:
         return keys
 
     def demand_primary(self) -> None:
-        """Check after a read that it was not a standby that answered.
+        """Raise if a standby has answered the preceding read.
 
-        New connections refuse a standby. But a pooler may replace the server behind an open one.
+        New connections refuse a standby, but a pooler may replace the server behind an open
+        connection.
 
         Raises:
-            the driver's error of a write to a standby.
+            psycopg.errors.ReadOnlySqlTransaction: as for a write to a standby.
         """
         if isinstance(self.peewee, postgresql.PostgreSQL):
             self.peewee.demand_primary()

@@ -53,7 +53,7 @@ class InstanceStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewal:
-    """What one start of an instance has last written into the instance's row.
+    """The latest write of one start of an instance to the instance's row.
 
     Attributes:
         started_us: identifies the start. A takeover raises the epoch and keeps this time.
@@ -68,10 +68,10 @@ class Renewal:
     stopped_us: int = 0
 
     def is_kept_by(self, found: Renewal | None) -> bool:
-        """Return False if the database has lost this renewal.
+        """Return whether the database still has this renewal.
 
         Args:
-            found: what the row says now; None: there is no row.
+            found: the renewal in the row now; None: there is no row.
         """
         if found is None:
             return False
@@ -87,7 +87,7 @@ class Renewal:
 
 
 def latest_renewal(db: Database, instance: str) -> Renewal | None:
-    """Return what the row of an instance says about its latest start; None if there is no row."""
+    """Return the latest renewal or planned stop in an instance's row; None if there is no row."""
     row = db.fetch_one(
         "SELECT epoch, started_at, lease_until, stopped_at FROM instance WHERE name = ?",
         (instance,),

@@ -111,13 +111,13 @@ class PostgreSQL(pw.PostgresqlDatabase):
         return await AsyncConnection.connect(self.database, autocommit=True, **self.connect_params)
 
     def find_pooler(self) -> None:
-        """Find out by a connection whether it leads to the server itself."""
+        """Set `is_pooled`: whether a connection leads to a pooler, not to the server itself."""
         (server_pid,) = self.execute_sql("SELECT pg_backend_pid()").fetchone()
         connection: Any = self.connection()  # type: ignore[no-untyped-call]
         self.is_pooled = server_pid != connection.info.backend_pid
 
     def demand_primary(self) -> None:
-        """Raise the error of a write to a standby if a pooler leads to one now."""
+        """Raise the error of a write to a standby if a pooler now leads to a standby."""
         if not self.is_pooled or PSYCOPG is None:
             return
         if self.execute_sql("SELECT pg_is_in_recovery()").fetchone() == (True,):

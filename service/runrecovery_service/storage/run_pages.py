@@ -64,7 +64,7 @@ def _reads_index(wanted: RunFilter, engines: int) -> bool:
 
 
 def _is_after(key: Any, after: tuple[int, ...], *, oldest_first: bool) -> Any:
-    """Return the condition that a run follows the last one of the previous page."""
+    """Return the condition for runs after the last run of the previous page."""
     return key > after[0] if oldest_first else key < after[0]
 
 

@@ -33,8 +33,8 @@ from runrecovery_service.storage.tables import live, sql_words
 OWNER_FIRST_S: Final = 1.0
 """How long a run must be in its owner's queue before peers may take it.
 
-The clocks of two hosts decide that. However much they differ, a peer waits for twice this time at
-most."""
+The time is measured by the clocks of two hosts. However much these differ, a peer waits at most
+twice this time."""
 ROWS_AT_ONCE: Final = 500
 
 _FROM_BEGINNING: Final = (
@@ -141,7 +141,7 @@ def _takeable(taker: Taker, now: datetime) -> tuple[str, tuple[object, ...]]:
         + ("" if taker.shares_workspaces else f" AND {_FROM_BEGINNING}")
     )
     owner_first = timedelta(seconds=OWNER_FIRST_S)
-    # A time in the future is of a host whose clock is ahead: it must not delay the run.
+    # A time in the future comes from a host whose clock is ahead, and must not delay the run.
     return condition, (*sorted(taker.engines), to_us(now - owner_first), to_us(now + owner_first))
 
 
