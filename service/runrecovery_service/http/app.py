@@ -44,6 +44,7 @@ def call_origin(scope: Scope, *, authorization: str | None = None) -> CallOrigin
     more = [("authorization", value) for value in given[1:]]
     more += [("traceparent", value) for value in header_values(scope, b"traceparent")]
     host, port = scope["client"] or ("", 0)
+    host = f"[{host}]" if ":" in host else host
     return CallOrigin(
         authorization=given[0] if given else None,
         peer=f"http:{host}:{port}",

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from uvicorn.config import Config
@@ -137,16 +138,17 @@ class HttpServer:
             if not self._table.admit():
                 sock.close()
                 continue
-            task = asyncio.create_task(self._connect(sock))
+            connection = Connection(self._config, self._table, stall_s=self._limits.stall_s)
+            task = asyncio.create_task(self._connect(sock, connection))
             self._connecting.add(task)
             self._table.wait(task, task.cancel)
-            task.add_done_callback(self._connecting.discard)
+            # Not in the task itself: one that is cancelled before its first step does nothing.
+            task.add_done_callback(partial(self._end_connecting, sock, connection))
 
-    async def _connect(self, sock: socket.socket) -> None:
+    async def _connect(self, sock: socket.socket, connection: Connection) -> None:
         """Make the connection of an accepted socket. It serves itself from then on."""
-        connection = Connection(self._config, self._table, stall_s=self._limits.stall_s)
         context = None
-        try:
+        with suppress(OSError):  # the client has gone, or its handshake failed
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
                 context = await self._tls.context()
@@ -156,10 +158,12 @@ class HttpServer:
                 ssl=context,
                 ssl_handshake_timeout=None if context is None else HANDSHAKE_S,
             )
-        except OSError:  # the client has gone, or its handshake failed
-            pass
-        finally:
-            self._table.work(asyncio.current_task())
-            if not connection.was_made:
-                self._table.leave()
-                sock.close()
+
+    def _end_connecting(
+        self, sock: socket.socket, connection: Connection, task: asyncio.Task[None]
+    ) -> None:
+        self._connecting.discard(task)
+        self._table.work(task)
+        if not connection.was_made:
+            self._table.leave()
+            sock.close()
