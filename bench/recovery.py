@@ -276,7 +276,7 @@ def stores(database: str) -> Iterator[Stores]:
 
 
 def compare(stores: Stores, *, runs: int, rounds: int) -> dict[str, list[Measured]]:
-    """Measure floor and ours in turns, and the stand-in once a round on its sample."""
+    """Measure the floor and the service in turns, and once per round the stand-in on its sample."""
     full = stores.seeded("full", runs)
     sample = stores.seeded("sample", min(runs, STAND_IN_SAMPLE))
     measured: dict[str, list[Measured]] = {way: [] for way in WAYS}

@@ -355,7 +355,7 @@ async def test_a_transaction_returns_all_the_pages_that_it_may(machine: Machine)
 async def test_pages_are_returned_for_a_part_of_each_sweep(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With millions of free pages the next sweep would not come for hours."""
+    """Otherwise a sweep of a store with millions of free pages would take hours."""
     monkeypatch.setattr(sweep_module, "GIVE_BACK_S", 5.5)
     monkeypatch.setattr(sweep_module, "PAGES", 1)
     (run,) = machine.ended()

@@ -93,7 +93,8 @@ def facts_of_run(db: Database, run_key: int) -> Fact:
 
 
 def damage_sql(dialect: SqlDialect) -> str:
-    """Return an SQL expression that names the unreadable part of a run's row; NULL if none is."""
+    """Return an SQL expression that names the unreadable part of a run's row; NULL: all is
+    readable."""
     json_columns = ("labels", "input", "output")
     unreadable = "".join(
         f" WHEN r.{column} IS NOT NULL AND NOT {dialect.is_json('r.' + column)}"

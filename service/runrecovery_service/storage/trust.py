@@ -25,7 +25,7 @@ FAR: Final = timedelta(minutes=2)
 """The longest delay of a check. A time further ahead comes from a clock that was wrong."""
 
 After = tuple[int, str, str]
-"""The position of a row in the order of `stale_entries`."""
+"""The position of a row in the order in which `stale_entries` returns rows."""
 
 
 class NotRemoved(StrEnum):

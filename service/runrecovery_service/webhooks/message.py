@@ -16,8 +16,8 @@ USER_AGENT: Final = "runrecovery"
 def message_id(delivery: Delivery) -> str:
     """Return the id of the event, which is the same in every try.
 
-    It includes the time, because a store that was restored from a backup uses sequence numbers
-    again.
+    It includes the time, because a store that was restored from a backup assigns the same sequence
+    numbers again.
     """
     created_us = round(delivery.created_at.timestamp() * 1e6)
     return f"{delivery.run_id}_{delivery.sequence}_{created_us}"
