@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from campaign.replica_load import Journal
 from campaign.replica_process import ALIVE, OVERLAPS
 from support.owner_history import (
     FENCED_LAUNCHES,
@@ -20,7 +22,13 @@ Rows: TypeAlias = Callable[[str], list[tuple[Any, ...]]]
 STALE_WRITE: Final = "stale write"
 TAKEN_BY_STOPPING: Final = "taken while stopping"
 TWO_OWNERS: Final = "two owners"
+LOST: Final = "lost write"
 OUTLIVED: Final = "agent outlived its lease"
+STORED_RUNS: Final = "SELECT run_id, engine, labels, status, cancel_requested_at FROM run"
+STORED_REPLIES: Final = (
+    "SELECT r.run_id, q.no, q.response FROM interaction q JOIN run r ON r.id = q.run"
+    " WHERE q.response IS NOT NULL"
+)
 UNENDED: Final = "SELECT run_id, status, owner FROM run WHERE ended_at IS NULL"
 TWICE: Final = "SELECT labels, count(*) FROM run GROUP BY labels HAVING count(*) > 1"
 QUERIES: Final = {
@@ -57,3 +65,20 @@ def violations_now(rows: Rows, folder: Path) -> Iterator[Violation]:
         alive = folder / f"{ALIVE}{launch}"
         if alive.exists() and (late_s := float(alive.read_text() or 0) - fenced_at) > 0:
             yield Violation(OUTLIVED, f"launch {launch} by at least {late_s:.3f} s")
+
+
+def lost_writes(journal: Journal, rows: Rows) -> Iterator[Violation]:
+    """Yield what was acknowledged to clients and is not in the store."""
+    stored = {run_id: run for run_id, *run in rows(STORED_RUNS)}
+    replies = {(run_id, no): response for run_id, no, response in rows(STORED_REPLIES)}
+    for run_id, (engine, nonce) in journal.runs.items():
+        run = stored.get(run_id)
+        if run is None:
+            yield Violation(LOST, f"create of {run_id}")
+        elif (run[0], json.loads(run[1])) != (engine, {"nonce": nonce}):
+            yield Violation(LOST, f"create of {run_id} became another run")
+        elif run_id in journal.cancels and run[2] != "CANCELED" and run[3] is None:
+            yield Violation(LOST, f"cancel of {run_id}")
+    for (run_id, question), nonce in journal.replies.items():
+        if replies.get((run_id, question)) != json.dumps(nonce):
+            yield Violation(LOST, f"reply to {run_id} {question}")

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import grpc
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.api import ENDED, Api, refusal_of, status_word
+from support.api import Api, refusal_of
 
 TRIES: Final = 8
 THINK_S: Final = 0.05
@@ -228,30 +228,3 @@ class Client(threading.Thread):
                     last = max(last or 0, message.sequence)
             except (grpc.RpcError, ValueError):
                 self._journal.count("watch ended")
-
-
-def problems_of(journal: Journal, api: Api) -> list[str]:
-    """Return what was acknowledged and is not there."""
-    found = []
-    for run_id, (engine, nonce) in journal.runs.items():
-        try:
-            run = api.get(run_id)
-        except grpc.RpcError as error:
-            found.append(f"create of {run_id} is lost: {refusal_of(error).code}")
-            continue
-        if (run.engine, dict(run.labels)) != (engine, {"nonce": nonce}):
-            found.append(f"create of {run_id} became another run")
-        if run_id in journal.cancels and not (
-            run.cancel_requested or run.status == run_pb2.RUN_STATUS_CANCELED
-        ):
-            found.append(f"cancel of {run_id} is lost: {status_word(run)}")
-        if run.status not in ENDED:
-            found.append(f"{run_id} has not ended: {status_word(run)}")
-    for run_id in {run_id for run_id, _ in journal.replies}:
-        kept = {one.interaction_id: one.response.string_value for one in api.interactions(run_id)}
-        found += [
-            f"reply to {run_id} {question} is lost: {kept.get(question)!r}"
-            for (of, question), nonce in journal.replies.items()
-            if of == run_id and kept.get(question) != nonce
-        ]
-    return found

@@ -44,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # bench
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from campaign.replica_faults import SETTINGS, Faults
-from campaign.replica_judges import UNENDED, Violation, violations_now
-from campaign.replica_load import Client, Journal, problems_of
+from campaign.replica_judges import UNENDED, Violation, lost_writes, violations_now
+from campaign.replica_load import Client, Journal
 from campaign.replica_mutants import MUTANTS, Mutant
 from campaign.replica_process import Replica, engines
 from runrecovery_service.storage.opening import open_database
@@ -158,8 +158,7 @@ class Campaign:
         for replica in self.replicas:
             yield from (Violation("service", text) for text in replica.problems)
         yield from (Violation("not ended", str(row)) for row in self.rows(UNENDED))
-        api = self.replicas[0].api or self.apis()[0]
-        yield from (Violation("journal", text) for text in problems_of(self.journal, api))
+        yield from lost_writes(self.journal, self.rows)
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the summary."""
