@@ -135,8 +135,13 @@ def test_what_the_service_had_appended_is_not_appended_again(attempt: Attempt, k
     attempt.keep(kept)
     attempt.save(b"x\nx\nx\ny\n")
 
-    assert attempt.complete() == b"x\nx\nx\ny\n"
+    with structlog.testing.capture_logs() as logs:
+        assert attempt.complete() == b"x\nx\nx\ny\n"
+
     assert not attempt.rest.exists()
+    assert [(event["event"], event["bytes"]) for event in logs] == [
+        ("recovery.output_completed", 8 - len(kept)) for _ in range(len(kept) < 8)
+    ]
 
 
 def test_the_rest_follows_the_recorded_position(attempt: Attempt) -> None:

@@ -74,7 +74,8 @@ class OutputCompleter:
                 "recovery.output_not_completed", run_id=turn.run_id, reason=kind, exc_info=True
             )
         else:
-            log.info("recovery.output_completed", run_id=turn.run_id, bytes=size)
+            if size:
+                log.info("recovery.output_completed", run_id=turn.run_id, bytes=size)
 
     def _complete(self, turn: OpenTurn) -> int:
         """Complete the output, and return the number of appended bytes."""
