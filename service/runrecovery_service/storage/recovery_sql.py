@@ -93,8 +93,7 @@ def facts_of_run(db: Database, run_key: int) -> Fact:
 
 
 def damage_sql(dialect: SqlDialect) -> str:
-    """Return an SQL expression that names the unreadable part of a run's row; NULL: all is
-    readable."""
+    """Return an SQL expression for the unreadable part of a run's row; NULL: all is readable."""
     json_columns = ("labels", "input", "output")
     unreadable = "".join(
         f" WHEN r.{column} IS NOT NULL AND NOT {dialect.is_json('r.' + column)}"
