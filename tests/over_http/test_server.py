@@ -41,6 +41,12 @@ def app() -> App:
     return App()
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head may take longer than any test."""
+    monkeypatch.setattr(connections, "HEAD_S", 1000.0)
+
+
 @asynccontextmanager
 async def serving(app: App, max_connections: int = 100) -> AsyncIterator[tuple[HttpServer, int]]:
     server = HttpServer(app, HttpLimits(max_connections=max_connections, stall_s=60.0))
@@ -122,6 +128,7 @@ async def test_an_answer_may_take_longer_than_the_head(
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_silent_connection_gives_way_to_a_new_one(app: App) -> None:
     async with (
         serving(app, max_connections=2) as (_, port),
@@ -141,6 +148,7 @@ async def answered(app: App, count: int) -> bool:
     return app.begun >= count
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_connection_with_a_request_gives_way_to_nobody(app: App) -> None:
     async with (
         serving(app, max_connections=1) as (_, port),

@@ -293,10 +293,5 @@ def _invalid(sentence: str) -> CallFailed:
 
 
 async def _send_envelope(send: Send, flags: int, data: bytes) -> None:
-    """Send an envelope, and wait until the client has room for another.
-
-    The HTTP server waits for room before it takes something, so it is given nothing as well.
-    """
     body = _HEAD.pack(flags, len(data)) + data
     await send({"type": "http.response.body", "body": body, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": True})
