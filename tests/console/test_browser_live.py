@@ -181,6 +181,7 @@ def test_a_form_is_not_sent_while_the_service_is_away(browser: Browser, mortal: 
 
 
 def test_a_planned_stop_does_not_wait_for_open_pages(browser: Browser, mortal: Home) -> None:
+    mortal.write_config(stop_grace_s=300.0)
     service, api = mortal.start()
     ask(api, "open-page")
     with browser.new_context(base_url=f"http://{mortal.settings['http_listen']}") as context:

@@ -102,7 +102,7 @@ def test_five_megabytes_of_output_are_shown_from_their_end(context: BrowserConte
     output = page.inner_text("#output")
     assert len(page.content()) < 100_000
     assert output.rstrip().endswith("last line")
-    assert "a NUL ␀ and a bell ␇" in output
+    assert "a NUL U+0000 and a bell U+0007" in output
     page.get_by_role("link", name="Show earlier output").click()
     expect(page.get_by_role("link", name="Show more")).to_be_visible()
     page.goto("/runs/hostile?channel=stderr&from=0")
@@ -127,6 +127,15 @@ def test_axe_finds_nothing_wrong(browser: Browser, address: str, path: str, sche
         page = context.new_page()
         go_to(page, path)
 
+        assert accessibility_problems(page) == []
+
+
+def test_axe_finds_nothing_wrong_with_the_login(browser: Browser, guarded: ServiceProcess) -> None:
+    with browser.new_context(base_url=f"http://{http_address(guarded)}") as context:
+        page = context.new_page()
+        page.goto("/")
+
+        assert page.title() == "Log in · runrecovery"
         assert accessibility_problems(page) == []
 
 

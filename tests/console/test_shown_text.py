@@ -36,9 +36,9 @@ def test_sequences_of_terminals_are_removed(sequence: str) -> None:
 @pytest.mark.parametrize(
     ("char", "name"),
     [
-        ("\x00", "␀"),
-        ("\x07", "␇"),
-        ("\r", "␍"),
+        ("\x00", "U+0000"),
+        ("\x07", "U+0007"),
+        ("\r", "U+000D"),
         ("\x7f", "U+007F"),
         ("\x85", "U+0085"),
         ("\u202e", "U+202E"),
@@ -54,7 +54,7 @@ def test_sequences_of_terminals_are_removed(sequence: str) -> None:
 def test_a_character_without_a_visible_form_is_named(char: str, name: str) -> None:
     html = shown(f"a{char}b")
 
-    assert html == f'a<span class="ctl" title="U+{ord(char):04X}">{name}</span>b'
+    assert html == f'a<span class="ctl">{name}</span>b'
     html.encode()  # a lone surrogate could not be sent
 
 
@@ -71,7 +71,7 @@ def test_a_long_text_ends_with_an_ellipsis() -> None:
 
 def test_a_text_for_one_line_has_no_newline() -> None:
     assert shown_line("a\nb\tc") == (
-        'a<span class="ctl" title="U+000A">␊</span>b<span class="ctl" title="U+0009">␉</span>c'
+        'a<span class="ctl">U+000A</span>b<span class="ctl">U+0009</span>c'
     )
 
 
@@ -79,5 +79,5 @@ def test_a_text_for_one_line_has_no_newline() -> None:
 def test_no_text_becomes_an_element_of_its_own(text: str) -> None:
     html = str(shown_line(text))
 
-    rest = re.sub(r'<span class="ctl" title="U\+[0-9A-F]+">[^<>&"\']+</span>', "", html)
+    rest = re.sub(r'<span class="ctl">U\+[0-9A-F]+</span>', "", html)
     assert not set(rest) & set("<>\"'\x00\r\n\x1b\u202e\u2066")

@@ -163,7 +163,6 @@ class RunPages:
             questions=waiting_questions(answer.runs),
             next=f"/?{urlencode({'page': following})}" if following else "",
             is_first=not token,
-            problem="",
             notice=_notice(request),
             limit=SHORT_CHARS,
             live=f"/live/waiting?{urlencode({'page': token})}",

@@ -25,8 +25,6 @@ _INVISIBLE: Final = re.compile(
 )
 """Control characters but tab and newline, those that change the direction of text, and those that
 take no room. U+200C and U+200D stay: writing systems and emoji need them."""
-_PICTURES: Final = 0x2400
-"""Where Unicode has pictures of the control characters."""
 
 
 def without_terminal_sequences(text: str) -> str:
@@ -68,6 +66,4 @@ def shown_name(text: str) -> Markup:
 
 
 def _named(char: str) -> Markup:
-    code = ord(char)
-    name = chr(_PICTURES + code) if code < 0x20 else f"U+{code:04X}"
-    return Markup('<span class="ctl" title="U+{0:04X}">{1}</span>').format(code, name)
+    return Markup('<span class="ctl">U+{0:04X}</span>').format(ord(char))

@@ -105,8 +105,7 @@ function swapList(before, after) {
       kept = fresh;
     } else if (old.dataset.etag !== fresh.dataset.etag) {
       old.dataset.etag = fresh.dataset.etag;
-      const etag = old.querySelector("input[name=etag]");
-      if (etag) etag.value = fresh.dataset.etag;
+      for (const etag of old.querySelectorAll("input[name=etag]")) etag.value = fresh.dataset.etag;
     }
     const next = place ? place.nextElementSibling : before.firstElementChild;
     if (kept !== next) before.insertBefore(kept, next);
@@ -135,7 +134,10 @@ function swap(page) {
       const article = before.querySelector("article, section");
       const fresh = after.querySelector("article, section");
       if (article && article.id !== fresh?.id) closeQuestion(article, "This question no longer waits. What you wrote was not sent.");
-      else if (article) article.querySelector("input[name=etag]").value = fresh.querySelector("input[name=etag]")?.value ?? "";
+      else if (article) {
+        const etag = fresh.querySelector("input[name=etag]")?.value ?? "";
+        for (const field of article.querySelectorAll("input[name=etag]")) field.value = etag;
+      }
     }
   }
   if (document.querySelectorAll("[data-swap]").length !== page.querySelectorAll("[data-swap]").length) return reload();
