@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -194,3 +195,27 @@ def test_refused_calls_are_logged_with_the_address_of_the_client(service: Servic
 
     of_strangers = [one for one in service.events("rpc.call_refused") if not one["caller"]]
     assert of_strangers[0]["peer"].startswith("http:127.0.0.1:")
+
+
+def test_a_reload_that_removes_a_caller_ends_its_streams(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    kept, removed = caller("operator", "operator"), caller("removed", "viewer")
+    with Home(
+        tmp_path_factory.mktemp("reloaded"),
+        http_listen="127.0.0.1:0",
+        callers=[kept, removed],
+        token=token_of("operator"),
+    ) as home:
+        service, api = home.start()
+        api.create("resumable", {"questions": [{"prompt": "x"}]}, run_id="watched")
+        http = as_caller(service, "removed")
+        with http.stream(f"{RUNS}/WatchRun", {"runId": "watched"}) as messages:
+            next(messages)
+            home.write_config(callers=[kept])
+            service.popen.send_signal(signal.SIGHUP)
+
+            *_, end = list(messages)
+
+        assert end["end"]["error"]["code"] == "unauthenticated"
+        assert http.post(GET_RUN, {"runId": "watched"}).status == 401
