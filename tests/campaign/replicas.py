@@ -117,9 +117,12 @@ class Campaign:
             client.join()
         self._faults.end()
 
-    def _all_serve(self) -> bool:
+    def _keep_up(self) -> None:
         for replica in self.replicas:
             replica.look()
+
+    def _all_serve(self) -> bool:
+        self._keep_up()
         return all(replica.is_serving for replica in self.replicas)
 
     @staticmethod
@@ -133,9 +136,11 @@ class Campaign:
         finisher = Client(CLIENTS, 0, self.journal, self.apis, tries=1)
 
         def all_ended() -> bool:
+            self._keep_up()
             for run_id, question in self.rows(QUESTIONS):
                 finisher.reply_to(run_id, question)
-            return self._all_serve() and not self.rows(UNENDED)
+                self._keep_up()
+            return not self.rows(UNENDED)
 
         with suppress(AssertionError):  # the judge names the runs
             until(all_ended, "every run has ended", timeout_s=bound_s)
