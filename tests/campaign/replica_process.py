@@ -16,6 +16,9 @@ from support.service import Home, ServiceProcess
 
 EXITS: Final = frozenset({0, 10, 6, -signal.SIGKILL})
 """A stop, a lost lease, a start without the database, a kill."""
+STOPPED_EXITS: Final = (EXITS, EXITS | {-signal.SIGTERM}, EXITS | {-signal.SIGTERM, 143})
+"""The same after none, one and several SIGTERM: before the first lines of a start, and after the
+last ones, nothing handles the signal; a second one ends the service at once."""
 OVERLAPS: Final = "overlaps"
 ALIVE: Final = "alive-"
 """A file of this prefix and the key of a launch has the last time at which its agent lived."""
@@ -80,11 +83,11 @@ class Replica:
         self.api: Api | None = None
         self.exits: Counter[int] = Counter()
         self.problems: list[str] = []
-        self._starts = 0
+        self._starts = self._stops = 0
 
     def spawn(self) -> None:
         """Start, under an application_name of this start."""
-        self._starts += 1
+        self._starts, self._stops = self._starts + 1, 0
         name = f"?application_name={self.name}-{self._starts}"
         database, *direct = [way.url + name for way in self.ways]
         self.home.write_config(database=database, database_direct=direct[0] if direct else "")
@@ -108,7 +111,7 @@ class Replica:
         self.api = None
         service.close()
         text = service.text
-        if code not in EXITS:
+        if code not in STOPPED_EXITS[min(self._stops, 2)]:
             self.problems.append(f"{self.name} exited with {code}:\n{text[-3000:]}")
         self.problems += [
             f"{self.name} logged {name} in {event}"
@@ -119,6 +122,7 @@ class Replica:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the service, if it lives."""
+        self._stops += number is signal.SIGTERM
         if self.service is not None and self.service.popen.poll() is None:
             with suppress(ProcessLookupError):
                 self.service.popen.send_signal(number)
