@@ -13,7 +13,6 @@ import structlog
 
 from runrecovery_service import early_signals
 from runrecovery_service.config.settings import Settings
-from runrecovery_service.control import Control, prepare_process
 from runrecovery_service.daemon_threads import new_event_loop
 from runrecovery_service.data_dir_store import demand_own_store
 from runrecovery_service.domain.reconciliation import Containment
@@ -53,6 +52,7 @@ from runrecovery_service.setup.reload import reloadable_parts
 from runrecovery_service.setup.shared_parts import SharedParts
 from runrecovery_service.setup.upkeep import build_prune, build_retention
 from runrecovery_service.setup.webhooks import build_endpoints
+from runrecovery_service.signal_handlers import Control, prepare_process
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Renewal

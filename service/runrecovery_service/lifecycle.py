@@ -14,7 +14,6 @@ import structlog
 
 from runrecovery_service.background_work import BackgroundWork
 from runrecovery_service.config.settings import Settings
-from runrecovery_service.control import Control
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable, error_facts, is_outage
 from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.start_errors import LeaseLost, StoreLost
@@ -23,6 +22,7 @@ from runrecovery_service.lost_commits import forget_loss
 from runrecovery_service.ownership import Ownership
 from runrecovery_service.recovery_runner import RecoveryRunner
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.signal_handlers import Control
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import backup
 from runrecovery_service.storage.database import Database

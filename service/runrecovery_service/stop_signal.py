@@ -1,4 +1,7 @@
-"""The one object through which any part of the service requests its stop."""
+"""The request to stop, made by a signal or by a part of the service that failed.
+
+`signal_handlers.py` acts on signals of the system.
+"""
 
 from __future__ import annotations
 

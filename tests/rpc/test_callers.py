@@ -217,7 +217,9 @@ def test_a_method_without_a_row_fails_the_start() -> None:
             return request
 
     wrapper = MethodWrapper(Gate(), max_calls=1, max_streams=1, stall_s=1)
-    with pytest.raises(LookupError, match=r"unlisted\.Service\.Forgotten has no row in rpc/roles"):
+    with pytest.raises(
+        LookupError, match=r"unlisted\.Service\.Forgotten has no row in rpc/method_roles"
+    ):
         grpc_handlers(contract_methods(service, Servicer(), wrapper))
 
 

@@ -37,7 +37,7 @@ from runrecovery_service.metrics.exposition import render
 from runrecovery_service.metrics.gauges import GAUGES
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.health import NAMES
-from runrecovery_service.rpc.roles import ROLES
+from runrecovery_service.rpc.method_roles import ROLES
 from support.syntax_trees import syntax_trees
 
 ROOT: Final = Path(__file__).parents[2]

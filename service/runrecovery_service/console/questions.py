@@ -48,7 +48,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallView:
-    """The call of a tool that a question asks permission for. `input` is JSON for people."""
+    """A tool call that needs permission, as a page shows it. `input` is indented JSON."""
 
     tool: str
     input: str
@@ -229,7 +229,7 @@ def _refuse_constant(word: str) -> JsonValue:
 
 
 def tool_call_view(call: run_pb2.ToolCall) -> ToolCallView:
-    """Return the call of a tool for people."""
+    """Return what the page shows of a tool call that needs permission."""
     return ToolCallView(
         tool=call.tool,
         input=json_text(call.input),
@@ -239,7 +239,7 @@ def tool_call_view(call: run_pb2.ToolCall) -> ToolCallView:
 
 
 def json_text(value: Struct | Value) -> str:
-    """Return a value of the contract as JSON for people; a text as itself."""
+    """Return a value of the contract as indented JSON; a string without quotes."""
     try:
         plain = read_struct(value) if isinstance(value, Struct) else read_value(value)
     except InvalidJson:

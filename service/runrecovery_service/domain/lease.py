@@ -1,4 +1,4 @@
-"""The lease of an instance: the right to own its runs until a time."""
+"""The lease of an instance: the right to own its runs until a time. `ownership.py` renews it."""
 
 from __future__ import annotations
 

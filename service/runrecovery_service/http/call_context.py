@@ -1,4 +1,4 @@
-"""The part of gRPC's context of a call that the handlers of the contract use."""
+"""The context of a call over HTTP. It has those methods of gRPC's context that handlers use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Metrics at one moment as plain values, which the collector passes to its thread."""
+"""Metrics at one moment as plain values, which the collector passes to its thread.
+
+`gauges.py` defines the gauges, and `meters.py` the counters and histograms.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Hands runs over to peers at a planned stop, before and after its decisions. PostgreSQL only."""
+"""Hands runs over to peers at a planned stop, before and after its decisions. PostgreSQL only.
+
+`storage/sharing.py` chooses the peer of each run.
+"""
 
 from __future__ import annotations
 

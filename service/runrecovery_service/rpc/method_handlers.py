@@ -21,10 +21,10 @@ from runrecovery_service.rpc import standard_handlers
 from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.gate import Access
 from runrecovery_service.rpc.health import HealthServicer
+from runrecovery_service.rpc.method_roles import role_of
 from runrecovery_service.rpc.method_wrapper import Context, Method, MethodWrapper
 from runrecovery_service.rpc.open_calls import OpenCalls
 from runrecovery_service.rpc.reflection import V1, V1ALPHA, ReflectionServicer
-from runrecovery_service.rpc.roles import role_of
 from runrecovery_service.rpc.trace_context import TRACED, with_trace
 
 RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
@@ -136,7 +136,7 @@ def _contract_method(
 ) -> ContractMethod:
     role = role_of(described.full_name)
     if role is None:
-        raise LookupError(f"{described.full_name} needs a role in rpc/roles.py")
+        raise LookupError(f"{described.full_name} needs a role in rpc/method_roles.py")
     request = message_factory.GetMessageClass(described.input_type)
     method = Method(
         name=described.full_name, role=role, access=access_of(described), request=request

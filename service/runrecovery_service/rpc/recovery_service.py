@@ -33,7 +33,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.visibility import demand_visible, visible_engines
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher
-from runrecovery_service.storage import decisions, launch_records, peers, reports, usage
+from runrecovery_service.storage import decisions, instance_list, launch_records, reports, usage
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.webhooks.webhooks import Webhooks
@@ -213,7 +213,7 @@ class RecoveryService:
     async def get_instances(self, _request: pb.GetInstancesRequest) -> pb.GetInstancesResponse:
         """Return the instances that use the database, with their runs and slots."""
         response = pb.GetInstancesResponse()
-        for state in await self._storage.read(peers.list_instances):
+        for state in await self._storage.read(instance_list.list_instances):
             recovery_messages.fill_instance(response.instances.add(), state)
         return response
 

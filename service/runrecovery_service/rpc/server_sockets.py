@@ -31,9 +31,9 @@ class ServerSockets:
     """The listening sockets and the connections of one server.
 
     Args:
-        local: the local port or path of the server's sockets. For a port, the addresses on which
-            the server listens now count as well: an outgoing connection may have the same port at
-            another address.
+        local: the local port or path of the server's sockets. Of the connections with a port, only
+            those count whose local address the server listens on now: an outgoing connection may
+            have the same port at another address.
     """
 
     def __init__(self, local: Local) -> None:

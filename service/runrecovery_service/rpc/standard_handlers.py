@@ -13,8 +13,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from runrecovery_service.rpc.callers import CallerGuard
+from runrecovery_service.rpc.method_roles import role_of
 from runrecovery_service.rpc.open_calls import OpenCalls
-from runrecovery_service.rpc.roles import role_of
 
 # Neither package ships types for mypy.
 Request: TypeAlias = Any

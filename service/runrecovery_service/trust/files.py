@@ -67,7 +67,7 @@ def edit(
     lock_wait_s: float = LOCK_WAIT_S,
     pause: Callable[[float], object] = time.sleep,
 ) -> _Change:
-    """Change a file as `decide` returns, and return that decision. It blocks: call it in a thread.
+    """Make the change to a file that `decide` returns, and return it. Blocks: call it in a thread.
 
     A crash leaves either the old or the new file. A symbolic link stays, and its target is changed.
     Mode, owner, group and, if the system allows it, extended attributes stay. Missing parent
@@ -87,8 +87,9 @@ def edit(
         done: called once with the decision when the file has the new content, also if nothing had
             to be written. The lock is still held, so `done` cannot delete the record of the next
             edit. Without a parent folder there is no lock.
-        make: False: without a lock file there is no entry of ours, so create neither file nor
-            folder. `decide` is then called once with None and must return None.
+        make: whether the lock file and its folder may be created. If False and there is no lock
+            file, this service has written no entry: `decide` is called once, with None, and must
+            return a change without text.
         pause: waits for other programs.
 
     Raises:

@@ -71,7 +71,7 @@ class ClaudeFinder:
     root: Path
 
     def paths(self, stored: StoredHandle) -> Iterator[Path]:
-        """Yield the file."""
+        """Yield the one path at which the session's file can be."""
         yield self.root / folder_of(str(stored.workspace)) / f"{stored.handle}.jsonl"
 
 

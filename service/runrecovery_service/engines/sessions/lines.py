@@ -77,8 +77,10 @@ class Layout(Protocol):
 
 
 def is_uuid(handle: str) -> bool:
-    """Return True for a session id. The CLIs take another word for a keyword ("latest"), a number
-    or a new session."""
+    """Return True for a session id.
+
+    A CLI could read any other text as a keyword ("latest"), as a number or as a new session.
+    """
     return _UUID.fullmatch(handle) is not None
 
 

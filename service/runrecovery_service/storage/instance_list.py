@@ -1,4 +1,7 @@
-"""Lists the instances that use one database."""
+"""Lists the instances that use one database, for the call GetInstances.
+
+`takeover.py` finds those whose lease has run out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one table of methods and the role that each needs.
+"""The one table of methods and the role that each needs. `domain/caller.py` defines the roles.
 
 The guard reads it, and `docs/generate.py` writes the table of docs/security.md from it. The server
 does not start if a method has no row.
@@ -55,5 +55,5 @@ def role_of(method: str) -> Role | None:
         LookupError: the method has no row.
     """
     if method not in ROLES:
-        raise LookupError(f"{method} has no row in rpc/roles.py")
+        raise LookupError(f"{method} has no row in rpc/method_roles.py")
     return ROLES[method]

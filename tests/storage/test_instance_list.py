@@ -6,13 +6,13 @@ from datetime import UTC, datetime, timedelta
 
 from runrecovery_service.domain.instance import InstanceState
 from runrecovery_service.domain.run import Profile, RunStatus
-from runrecovery_service.storage import instances, peers
+from runrecovery_service.storage import instance_list, instances
 from storage.service_store import ServiceStore, boot
 
 
 def by_name(store: ServiceStore) -> dict[str, InstanceState]:
     """Return the listed state of each instance, by name."""
-    return {state.name: state for state in peers.list_instances(store.db)}
+    return {state.name: state for state in instance_list.list_instances(store.db)}
 
 
 def test_an_instance_is_seen_with_its_lease_slots_and_runs(store: ServiceStore) -> None:
@@ -69,7 +69,7 @@ def test_an_instance_is_alive_while_its_lease_runs_by_the_clock_of_the_database(
     past = f"{shared.db.dialect.now_us} - 1000000"
     shared.db.execute(f"UPDATE instance SET lease_until = {past}")  # noqa: S608
 
-    (seen,) = peers.list_instances(shared.db)
+    (seen,) = instance_list.list_instances(shared.db)
 
     assert not seen.is_alive
 
@@ -81,7 +81,7 @@ def test_a_stop_and_a_takeover_are_seen_with_their_times(store: ServiceStore) ->
         " takeover_done_at = 2000000, host_return_until = 3000000"
     )
 
-    (seen,) = peers.list_instances(store.db)
+    (seen,) = instance_list.list_instances(store.db)
 
     begin = datetime(1970, 1, 1, tzinfo=UTC)
     assert seen.stopped_at is not None
@@ -98,7 +98,7 @@ def test_living_instances_come_first_and_then_the_latest_starts(shared: ServiceS
             instances.resign(shared.db, owner)
     shared.db.execute("UPDATE instance SET lease_until = 0 WHERE name = 'default'")
 
-    seen = [state.name for state in peers.list_instances(shared.db)]
+    seen = [state.name for state in instance_list.list_instances(shared.db)]
 
     assert seen == ["alive", "new", "old", "default"]
 
@@ -108,6 +108,6 @@ def test_damaged_columns_do_not_hide_an_instance(store: ServiceStore) -> None:
     store.db.execute("UPDATE run SET status = 'DAMAGED'")
     store.db.execute("UPDATE instance SET engines = 'no list'")
 
-    (seen,) = peers.list_instances(store.db)
+    (seen,) = instance_list.list_instances(store.db)
 
     assert (seen.engines, dict(seen.runs)) == ((), {})

@@ -1,4 +1,4 @@
-"""Connects the service to the machine: signals, reloads, messages to systemd."""
+"""Acts on signals: a stop, an exit at the second stop signal, a reload. Tells systemd of them."""
 
 from __future__ import annotations
 
