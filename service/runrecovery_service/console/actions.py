@@ -1,4 +1,4 @@
-"""What forms do: answer, cancel, reopen, log in and out. Each leads back to a page."""
+"""Handles forms: answer, cancel, reopen, log in and out. Each response leads back to a page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WRITTEN: Final = frozenset({"text", "reason", "input", *(f"field-{at}" for at i
 
 
 class Actions:
-    """What forms do."""
+    """The endpoints to which forms are sent."""
 
     def __init__(self, site: Site, pages: RunPages) -> None:
         self._site = site
@@ -113,7 +113,7 @@ class Actions:
         problem: str,
         given: Mapping[str, str],
     ) -> Response:
-        """Show the run again, with what was wrong and what the person had written."""
+        """Show the run again, with an error message and the text that the person had written."""
         draft = Draft({name: text for name, text in given.items() if name != FORM_FIELD})
         return await self._pages.show_run(
             request, visitor, contract, status=status, problem=problem, draft=draft
@@ -136,7 +136,7 @@ class Actions:
         return self._site.renderer.page("login", None, next=following, problem="")
 
     async def login(self, request: Request) -> Response:
-        """Keep a token that is a caller's."""
+        """Put the token into a cookie, if it belongs to a caller."""
         given = await read_form(request)
         following = local_path(given.get("next", ""))
         if not is_same_origin(request.headers):
@@ -152,7 +152,7 @@ class Actions:
         return response
 
     async def logout(self, request: Request) -> Response:
-        """Forget the token."""
+        """Delete the cookie with the token."""
         if not is_same_origin(request.headers):
             return self._site.renderer.page("refused", None, 403, text=FORGED)
         response = RedirectResponse("/login", 303)
@@ -164,7 +164,7 @@ async def _send_answer(contract: Contract, run_id: str, given: Mapping[str, str]
     """Answer the open question of a run.
 
     Raises:
-        AnswerProblem: the form is not filled in.
+        AnswerProblem: the form is incomplete.
         CallFailed: also when the question of the form is not the open one.
     """
     run = await contract.get_run(run_id)
@@ -177,7 +177,7 @@ async def _send_answer(contract: Contract, run_id: str, given: Mapping[str, str]
 
 
 async def _late_answer(contract: Contract, run_id: str, given: Mapping[str, str]) -> str | None:
-    """Return why an answer came too late; None if it is the one that was accepted already."""
+    """Return why an answer came too late; None if the same answer was accepted before."""
     for question in await contract.list_interactions(run_id):
         if str(question.interaction_id) != given.get("interaction_id"):
             continue
@@ -192,7 +192,7 @@ async def _late_answer(contract: Contract, run_id: str, given: Mapping[str, str]
 
 
 def _is_same_answer(question: run_pb2.Interaction, given: Mapping[str, str]) -> bool:
-    """Return whether a form says what was accepted: a browser may send a form twice."""
+    """Return whether the accepted answer is the one of this form: a browser may send it twice."""
     asked = run_pb2.PendingInteraction(kind=question.kind, options=question.options)
     if question.HasField("tool_call"):
         asked.tool_call.CopyFrom(question.tool_call)

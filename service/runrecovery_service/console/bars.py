@@ -1,4 +1,4 @@
-"""Bars of parts in proportion, in whole units of `BAR_UNITS`. Pure.
+"""Bars that show amounts as parts in proportion. A bar is `BAR_UNITS` wide. Pure.
 
 The pages draw them as SVG, because their policy allows no style in an element.
 """
@@ -17,7 +17,7 @@ MIN_UNITS: Final = 6
 
 @dataclass(frozen=True, slots=True)
 class BarPart:
-    """A part of a bar. `text` says what it is, for people."""
+    """A part of a bar. `text` describes it to the reader."""
 
     start: int
     width: int
@@ -26,7 +26,7 @@ class BarPart:
 
 
 def shares(amounts: Sequence[float]) -> list[int]:
-    """Return the widths of parts in proportion. A part with nothing gets none."""
+    """Return the width of each part, in proportion to its amount. An amount of 0 has no width."""
     total = sum(amounts)
     some = sum(1 for amount in amounts if amount > 0)
     if some * MIN_UNITS > BAR_UNITS:

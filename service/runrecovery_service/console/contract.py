@@ -1,4 +1,4 @@
-"""The calls of the contract that the pages make, each as one function. They change nothing else."""
+"""The calls of the contract that the pages make. Pages have no other access to the service."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunEvents:
 
 
 class Contract:
-    """Calls the contract for one visitor. Every method raises CallFailed as the call fails."""
+    """Calls the contract for one visitor. Every method raises CallFailed if its call fails."""
 
     def __init__(self, calls: ContractCalls, origin: CallOrigin) -> None:
         self._calls = calls
@@ -157,7 +157,7 @@ class Contract:
         return await self._call(f"{_RECOVERY}/ExplainRecovery", request, response)
 
     async def plan(self, page_token: str) -> recovery_service_pb2.PlanRecoveryResponse:
-        """Return a page of what a restart would decide now."""
+        """Return a page of the decisions that a restart would make now."""
         request = recovery_service_pb2.PlanRecoveryRequest(
             page_size=MAX_PLANNED, page_token=page_token
         )
@@ -165,7 +165,7 @@ class Contract:
         return await self._call(f"{_RECOVERY}/PlanRecovery", request, response)
 
     async def status(self) -> recovery_service_pb2.GetRecoveryStatusResponse:
-        """Return what the service is doing."""
+        """Return the state of the service and of its recovery."""
         request = recovery_service_pb2.GetRecoveryStatusRequest()
         response = recovery_service_pb2.GetRecoveryStatusResponse
         return await self._call(f"{_RECOVERY}/GetRecoveryStatus", request, response)

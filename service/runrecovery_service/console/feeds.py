@@ -1,4 +1,4 @@
-"""Says when what a page shows has changed. Pages that show the same to the same caller share it."""
+"""Reports changes of the data on a page. Pages with the same data and caller share a feed."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from runrecovery_service.console.contract import Contract
 from runrecovery_service.http.calls import CallFailed
 
 POLL_S: Final = 1.0
-"""Pause between two looks at a list, of which no event tells."""
+"""Pause between two reads of a list. The contract has no events for changes of a list."""
 POLL_SHARE: Final = 20.0
-"""The pause is at least so many times as long as the look took."""
+"""The pause is at least this many times as long as the read before it."""
 RETRY_S: Final = 1.0
 """Pause before a feed that failed is tried again."""
 ENDED_POLL_S: Final = 10.0
-"""Pause between two looks at a run that has ended: it can be reopened, or removed."""
+"""Pause between two reads of a run that has ended: it can be reopened or removed."""
 
 log = structlog.get_logger()
 
 Versions: TypeAlias = Callable[[Contract], AsyncGenerator[str, None]]
-"""Yields the version of what a page shows: at once, and after changes."""
+"""Yields a version that stands for the data of a page: at once, and after each change."""
 
 
 class AccessEnded(Exception):
-    """The caller may not see this any more."""
+    """The caller has lost the right to see the data."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeedKey:
-    """What is watched, and with whose rights."""
+    """The data of a feed, and the caller whose rights it uses."""
 
     topic: str
     authorization: str | None
 
 
 class _Feed:
-    """The present version of a topic, kept by one task for all its readers."""
+    """The current version of the data. One task updates it for all readers."""
 
     def __init__(self) -> None:
         self.version = ""
@@ -61,7 +61,7 @@ class _Feed:
         self._wake()
 
     async def wait(self, seconds: float) -> None:
-        """Return after a change, or after a time."""
+        """Return after a change, at the latest after a time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
@@ -80,10 +80,10 @@ class Feeds:
     async def versions(
         self, key: FeedKey, contract: Contract, watch: Versions, beat_s: float
     ) -> AsyncGenerator[str, None]:
-        """Yield each version of a topic, and the present one again after `beat_s` without news.
+        """Yield each version of a topic, and after `beat_s` without a change the current one again.
 
         Raises:
-            AccessEnded: the caller may not see the topic any more.
+            AccessEnded: the caller has lost the right to see the topic.
         """
         feed = self._feeds.get(key)
         if feed is None:
@@ -107,7 +107,7 @@ class Feeds:
 
 
 async def _keep(feed: _Feed, contract: Contract, watch: Versions) -> None:
-    """Publish versions until the access has ended. A failure of the service is waited out."""
+    """Publish versions until the access has ended. After a failure of the service, try again."""
     while True:
         try:
             async with aclosing(watch(contract)) as versions:
@@ -132,7 +132,7 @@ _NO_ACCESS: Final = {
 
 
 def polled(look: Callable[[Contract], Awaitable[str]]) -> Versions:
-    """Return a feed that looks again and again."""
+    """Return a feed that reads its data at intervals."""
 
     async def versions(contract: Contract) -> AsyncGenerator[str, None]:
         loop = asyncio.get_running_loop()
@@ -145,7 +145,7 @@ def polled(look: Callable[[Contract], Awaitable[str]]) -> Versions:
 
 
 def watched_run(run_id: str) -> Versions:
-    """Return the feed of a run: the number of its latest event."""
+    """Return the feed of a run. Its version is the number of the latest event."""
 
     async def versions(contract: Contract) -> AsyncGenerator[str, None]:
         while True:

@@ -17,7 +17,7 @@ async def read_form(request: Request) -> dict[str, str]:
     """Return the fields of a form. Of a field that is sent twice the last one counts.
 
     Raises:
-        HTTPException: it is not a form, it is too large, or it has too many fields.
+        HTTPException: the body is not a form, is too large, or has too many fields.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip() != FORM_TYPE:
         raise HTTPException(415, "Only forms are read here.")

@@ -1,7 +1,8 @@
 """The streams of server-sent events that keep pages up to date.
 
-A stream says which version of its page is the present one; the page loads itself again if it shows
-another. So nothing is lost between the page and its stream, or while the service was away.
+A stream sends the current version of the data on its page. A page that shows another version loads
+itself again. So no change is missed between the load of the page and the start of its stream, or
+while the service was down.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from runrecovery_service.http.calls import CallFailed
 from runrecovery_service.rpc.gate import Gate
 
 BEAT_S: Final = 10.0
-"""A stream says at least so often that it is alive."""
+"""A stream sends something at least this often, so that the page knows that it works."""
 MAX_STREAMS: Final = 1000
 
 
 def service_version(status: GetRecoveryStatusResponse) -> str:
-    """Return the version of pages about the service: its state, and how far a recovery is."""
+    """Return the version of pages about the service: from its state and the recovery's progress."""
     report = status.reconciliation
     return (
         f"{status.instance}-{status.epoch}-{status.state}-{report.reconciliation_id}"
@@ -49,7 +50,7 @@ def service_version(status: GetRecoveryStatusResponse) -> str:
 
 
 def instances_version(instances: Iterable[Instance]) -> str:
-    """Return the version of the page of instances. A renewed lease alone is no news."""
+    """Return the version of the page of instances. A renewal of a lease does not change it."""
     digest = hashlib.sha256()
     for instance in instances:
         told = Instance()
@@ -60,7 +61,7 @@ def instances_version(instances: Iterable[Instance]) -> str:
 
 
 class Live:
-    """The streams."""
+    """The endpoints of the streams."""
 
     def __init__(self, site: Site, gate: Gate) -> None:
         self._site = site
@@ -104,7 +105,7 @@ class Live:
         return await self._follow(request, wanted.address(page=token), polled(look))
 
     async def run(self, request: Request) -> Response:
-        """Follow a run, and its output if the page shows the end of it."""
+        """Follow a run, and its output if the page shows the end of the output."""
         run_id = request.path_params["run_id"]
         if not is_run_id(run_id):
             return PlainTextResponse("no such run", 404)
@@ -163,7 +164,7 @@ async def _put_versions(queue: asyncio.Queue[str], versions: AsyncGenerator[str,
 
 
 async def _put_stop(queue: asyncio.Queue[str], gate: Gate) -> None:
-    """End the stream when the service stops. The page connects again, perhaps to another start."""
+    """End the stream when the service stops. The page connects again."""
     while not gate.ends_streams:
         await gate.change.wait()
     await queue.put("")

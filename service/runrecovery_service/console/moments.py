@@ -15,8 +15,8 @@ class Moment:
 
     Attributes:
         iso: for `<time datetime>`, in UTC.
-        utc: for people, to the second.
-        exact: for people, to the millisecond.
+        utc: readable, to the second.
+        exact: readable, to the millisecond.
     """
 
     iso: str

@@ -18,7 +18,7 @@ from runrecovery_service.http.calls import CallFailed
 WINDOW_BYTES: Final = 32 * 1024
 """Output on one page. Earlier output is a link away."""
 MAX_PARTIAL_BYTES: Final = 64 * 1024
-"""A line that is longer is shown before its end has come."""
+"""A longer line is shown in parts, before its end has arrived."""
 
 CHANNELS: Final = {
     "stdout": run_service_pb2.OUTPUT_CHANNEL_STDOUT,
@@ -31,10 +31,10 @@ class OutputView:
     """A part of the output.
 
     Attributes:
-        start, end: the bytes that are shown. `end` is where a stream goes on.
-        earlier: where the part before begins; None if there is none.
-        later: there is more output after `end` already.
-        problem: why there is no output to show; empty if there is some, or none yet.
+        start, end: the range of bytes that is shown. A stream continues at `end`.
+        earlier: the start of the part before this one; None if there is none.
+        later: whether there is output after `end` now.
+        problem: why the output cannot be shown; empty if it can, or if there is none yet.
     """
 
     channel: str
@@ -63,7 +63,7 @@ async def output_view(
     """Return a window of the output of the latest attempt.
 
     Args:
-        start: where the window begins; None: so that it ends with the output.
+        start: the first byte of the window; None: the window ends where the output ends.
     """
     source = _Source(contract, run_id, channel)
     try:
@@ -108,7 +108,7 @@ def _empty(channel: str, problem: str) -> OutputView:
 def _whole_lines(data: bytes, start: int, *, at_end: bool) -> tuple[bytes, int]:
     """Return the whole lines of a window, and where they begin.
 
-    The last line stays if it is incomplete, unless more output follows it in the file.
+    An incomplete last line is included, unless more output follows it in the file.
     """
     if start:
         cut = data.find(b"\n") + 1
@@ -144,7 +144,7 @@ class _Source:
         return _Part(data[:WINDOW_BYTES], start, attempt, truncated, has_more)
 
     async def last_part(self) -> _Part:
-        """Return the end of the output. Its length is searched, because no call tells it."""
+        """Return the end of the output. Its length is found by a search: no call returns it."""
         part = await self.part(0)
         if not part.has_more:
             return part

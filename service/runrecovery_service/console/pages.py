@@ -29,7 +29,7 @@ from runrecovery_service.console.words import STATUS_BY_NAME
 from runrecovery_service.http.calls import CallFailed, ContractCalls
 
 WHOLE_CHARS: Final = 2_000_000
-"""Characters of one text that are shown when everything is asked for."""
+"""The most characters of one text when the person asks to see all of it."""
 SHORT_CHARS: Final = 8_000
 """Characters of one text on a page."""
 MAX_OFFSET: Final = 2**62
@@ -39,7 +39,7 @@ Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 class Site:
-    """What all pages share: who visits, the calls of the contract, and templates."""
+    """The parts that all pages share: visitors, calls of the contract, templates."""
 
     def __init__(self, calls: ContractCalls, visitors: Visitors) -> None:
         self.visitors = visitors
@@ -51,7 +51,7 @@ class Site:
         return Contract(self._calls, visitor.origin)
 
     async def record_wrong_token(self, request: Request, token: str) -> None:
-        """Let the guard of the contract log a login that it would refuse."""
+        """Log a failed login, as the guard of the contract logs a call with a wrong token."""
         contract = Contract(self._calls, self.visitors.origin_of(request, token or "none"))
         with suppress(CallFailed):
             await contract.status()
@@ -75,7 +75,7 @@ class Site:
     def failure(
         self, visitor: Visitor, error: CallFailed, *, is_form: bool, written: str = ""
     ) -> Response:
-        """Return the page of a call that failed.
+        """Return the page for a call that failed.
 
         Args:
             is_form: the call was made for a form, so the page cannot be loaded again.
@@ -100,7 +100,7 @@ class Site:
         )
 
     def not_found(self, visitor: Visitor | None) -> Response:
-        """Return the page of an address that does not exist."""
+        """Return the page for an address that does not exist."""
         status, title, advice = _FAILURES[grpc.StatusCode.NOT_FOUND]
         return self.renderer.page(
             "failure",
@@ -204,7 +204,7 @@ class RunPages:
         problem: str = "",
         draft: Draft | None = None,
     ) -> Response:
-        """Show a run, and what is wrong with the form that was sent, if any."""
+        """Show a run, and the error of the form that was sent, if there was one."""
         run_id = request.path_params["run_id"]
         if not is_run_id(run_id):
             return self._site.not_found(visitor)
@@ -249,7 +249,7 @@ def _follow(attempt: int, channel: str, offset: int) -> str:
 
 
 def output_offset(text: str | None) -> int | None:
-    """Return a position in the output; None for no position, and for a text that is none."""
+    """Return the position in the output that a text names; None if it names none."""
     if not text or not text.isascii() or not text.isdecimal() or len(text) > 18:
         return None
     return min(int(text), MAX_OFFSET)

@@ -1,4 +1,4 @@
-"""What a restart would cost now, as its page shows it. Pure."""
+"""The cost of a restart now, as its page shows it. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOSES_WORK: Final = {
 
 @dataclass(frozen=True, slots=True)
 class PlanGroup:
-    """Runs that a restart would treat alike. `running`: for how long their processes have run."""
+    """Runs that a restart would treat alike. `running`: how long their processes have run."""
 
     outcome: Word
     runs: int
@@ -53,7 +53,7 @@ class PlanView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRow:
-    """What a restart would decide for one run."""
+    """The decision that a restart would make now about one run."""
 
     run_id: str
     engine: str

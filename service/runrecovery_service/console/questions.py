@@ -1,8 +1,7 @@
-"""Questions as forms, and what a person sent by a form as the response of SubmitReply. Pure.
+"""Turns questions into forms, and a filled-in form into the response of SubmitReply. Pure.
 
-A form has one field or button for each thing that the question asks for. Their names are `choice`,
-`text`, `field-N`, `input` and `reason`; values of options stay on the server, and forms name them
-by number.
+The fields and buttons of a form are named `choice`, `text`, `field-N`, `input` and `reason`. A form
+names options by number; their values stay on the server.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from runrecovery_service.rpc.json_values import InvalidJson, read_struct, read_v
 
 MAX_BUTTONS: Final = 6
 MAX_BUTTON_CHARS: Final = 40
-"""More options, or longer ones, become a list to choose from."""
+"""Beyond these limits, options are a list to choose from, and not buttons."""
 
 
 class FormKind(StrEnum):
-    """How the form of a question looks."""
+    """The kind of form that a question gets."""
 
     TEXT = "text"
     BUTTONS = "buttons"
@@ -84,14 +83,14 @@ class QuestionView:
 
 @dataclass(frozen=True, slots=True)
 class AnswerProblem(Exception):
-    """A form does not say what the question asks for. The text is for the person."""
+    """A form does not answer its question. The text explains it to the person."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a person had filled into a form that was refused, so that nothing is lost."""
+    """The content of a refused form, which is shown again so that no text is lost."""
 
     fields: Mapping[str, str] = field(default_factory=dict)
 
@@ -125,7 +124,7 @@ def question_of(run: run_pb2.Run) -> QuestionView | None:
 
 
 def form_of(pending: run_pb2.PendingInteraction) -> FormKind:
-    """Return how the form of a question looks."""
+    """Return the kind of form that a question gets."""
     if pending.HasField("tool_call"):
         return FormKind.TOOL_CALL
     if pending.kind == run_pb2.INTERACTION_KIND_RISK_ACK and not pending.options:
@@ -140,7 +139,7 @@ def form_of(pending: run_pb2.PendingInteraction) -> FormKind:
 
 
 def options_of(pending: run_pb2.PendingInteraction) -> list[tuple[str, JsonValue]]:
-    """Return the label and the value of each option; yes and no for a confirmation without any."""
+    """Return label and value of each option. A confirmation without options gets yes and no."""
     options = [(option.label, _json(option.value)) for option in pending.options]
     if not options and pending.kind == run_pb2.INTERACTION_KIND_CONFIRM:
         return [("Yes", "yes"), ("No", "no")]
@@ -148,10 +147,10 @@ def options_of(pending: run_pb2.PendingInteraction) -> list[tuple[str, JsonValue
 
 
 def answer_of(pending: run_pb2.PendingInteraction, given: Mapping[str, str]) -> JsonValue:
-    """Return the response that a form means.
+    """Return the response that a form stands for.
 
     Raises:
-        AnswerProblem: the form is not filled in, or its question is another one.
+        AnswerProblem: the form is incomplete, or belongs to another question.
     """
     match form_of(pending):
         case FormKind.TOOL_CALL:
@@ -197,7 +196,7 @@ def _filled(options: Sequence[tuple[str, JsonValue]], given: Mapping[str, str]) 
 
 
 def field_key(label: str, value: JsonValue) -> str:
-    """Return the member of the response for a field: the option's value if it is a text."""
+    """Return a field's key in the response: the option's value if it is a text, or its label."""
     return value if isinstance(value, str) else label
 
 

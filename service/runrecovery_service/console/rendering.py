@@ -49,10 +49,10 @@ class Renderer:
         """Return a page.
 
         Args:
-            name: of the template, without its ending.
+            name: the file name of the template, without its ending.
             visitor: None on pages for everyone, such as the login.
-            values: what the template names. `live`: the address of the stream that says when the
-                page has changed; empty: none. `version`: what the stream says if it has not.
+            values: the variables of the template. `live`: the address of the stream that reports
+                changes of the page; empty: none. `version`: the version that the page shows.
                 `page`: the address of the page; empty: the one that was asked for.
         """
         given = {"live": "", "version": "", "page": "", "notice": "", "reload_s": 0} | values

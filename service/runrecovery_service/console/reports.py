@@ -75,8 +75,8 @@ class ReportView:
     """A whole report.
 
     Attributes:
-        scanned: of `total` runs, so many were examined.
-        orphans, released: numbers with their words, those that are 0 left out.
+        scanned: the number of the `total` runs that were examined.
+        orphans, released: counts as text; counts of 0 are left out.
     """
 
     row: ReportRow
@@ -109,7 +109,7 @@ class TrustRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceView:
-    """What the service is doing. `progress`: the recovery under way; None outside of one."""
+    """The state of the service. `progress`: of the recovery; None if none is under way."""
 
     state: Word
     instance: str
@@ -217,7 +217,7 @@ def _released(bindings: recovery_pb2.BindingCounts) -> tuple[str, ...]:
 
 
 def service_view(status: recovery_service_pb2.GetRecoveryStatusResponse) -> ServiceView:
-    """Return what the service is doing."""
+    """Return the state of the service as a page shows it."""
     report = status.reconciliation
     is_under_way = (
         status.HasField("reconciliation")

@@ -19,7 +19,7 @@ _RUN_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class RunFilter:
-    """What the form of the page says. Empty fields choose every run.
+    """The filter that the page's form sets. An empty field does not filter.
 
     Attributes:
         status: a word of `STATUS_BY_NAME`.
@@ -32,7 +32,7 @@ class RunFilter:
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> RunFilter:
-        """Return the filter of an address. An unknown status counts as none."""
+        """Return the filter that the query of an address sets. An unknown status is ignored."""
         status = query.get("status", "")
         return cls(
             status=status if status in STATUS_BY_NAME else "",
@@ -42,7 +42,7 @@ class RunFilter:
 
     @property
     def is_empty(self) -> bool:
-        """True if every run is chosen."""
+        """True if the filter lets every run through."""
         return not (self.status or self.engine or self.label)
 
     def request(self, page_token: str) -> run_service_pb2.ListRunsRequest:
@@ -59,7 +59,7 @@ class RunFilter:
         )
 
     def address(self, **changed: str) -> str:
-        """Return the address of the list with this filter, some of its fields changed."""
+        """Return the address of the list with this filter, after a change of some fields."""
         fields = {"status": self.status, "engine": self.engine, "label": self.label} | changed
         query = urlencode({name: value for name, value in fields.items() if value})
         return f"/runs?{query}" if query else "/runs"

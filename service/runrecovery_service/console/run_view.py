@@ -37,7 +37,7 @@ class RunView:
     """A run.
 
     Attributes:
-        output, input: JSON for people; empty if there is none.
+        output, input: indented JSON; empty if there is none.
         can_cancel: the run has not ended, and no cancel was accepted.
         can_reopen: a recovery failed the run because of its session, and it is not too late.
     """
@@ -61,7 +61,7 @@ class RunView:
 
 
 def run_view(run: run_pb2.Run, now: datetime) -> RunView:
-    """Return what the page of a run shows of the run itself."""
+    """Return the fields of a run as its page shows them."""
     is_quarantined = run.status == run_pb2.RUN_STATUS_UNSPECIFIED
     is_ended = run.status in _ENDED
     reopenable_until = to_datetime(run.reopenable_until)
@@ -127,7 +127,7 @@ def _cost(run: run_pb2.Run) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredQuestion:
-    """A question of a run and its answer. `waited`: how long it was open; empty while it is."""
+    """A question of a run and its answer. `waited`: how long it was open; empty if it still is."""
 
     interaction_id: int
     kind: str
@@ -145,7 +145,7 @@ class AnsweredQuestion:
 def answered_questions(
     questions: Sequence[run_pb2.Interaction], open_id: int
 ) -> tuple[AnsweredQuestion, ...]:
-    """Return the questions of a run that are over, newest first.
+    """Return the closed questions of a run, newest first.
 
     Args:
         open_id: the number of the open question; 0: none is open.

@@ -24,7 +24,7 @@ _REPORT_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 class ServicePages:
-    """The pages about the service. They need an operator where callers are configured."""
+    """The pages about the service. If callers are configured, only operators may see them."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -65,7 +65,7 @@ class ServicePages:
         )
 
     async def plan(self, request: Request, visitor: Visitor, contract: Contract) -> Response:
-        """Show what a restart would decide now."""
+        """Show the decisions that a restart would make now."""
         token = request.query_params.get("page", "")
         answer = await contract.plan(token)
         following = answer.next_page_token

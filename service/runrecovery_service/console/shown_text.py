@@ -1,4 +1,4 @@
-"""Text of agents and callers as HTML that shows all of it and does nothing.
+"""Text of agents and callers as harmless HTML, which shows every character.
 
 Escape sequences of terminals are removed. Every other character without a visible form is shown by
 its name: an agent must neither hide text from the reader nor change the order in which it is read.

@@ -1,4 +1,4 @@
-"""The console as an application: its addresses, and the headers of every response."""
+"""The console as an ASGI application: its addresses, and the headers of every response."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECURITY_HEADERS: Final = {
 
 
 def build_console(calls: ContractCalls, visitors: Visitors, gate: Gate) -> Application:
-    """Return the console."""
+    """Return the console as an ASGI application."""
     site = Site(calls, visitors)
     runs, service, live = RunPages(site), ServicePages(site), Live(site, gate)
     actions = Actions(site, runs)

@@ -1,8 +1,8 @@
-"""Who visits a page: the cookie of a caller's token, what the caller may do, and forged forms.
+"""Identifies visitors by a cookie, finds their rights, and refuses forged forms.
 
 The cookie holds the token itself. So a session lasts over a restart and at every replica, and ends
-when the token is removed from the configuration. The service has only digests of tokens, and could
-not make another secret that all replicas accept without a key of their own.
+when the token is removed from the configuration. The service has only digests of tokens. Another
+secret in the cookie would need a key that all replicas share.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MAX_TOKEN_CHARS: Final = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visitor:
-    """Who sends a request.
+    """The sender of a request.
 
     Attributes:
         origin: the origin of the calls that pages make for the visitor.
-        name: of the caller; empty where no callers are configured.
-        form_token: what each form of the visitor carries.
-        new_secret: the cookie to set, of a visitor who has none yet; empty otherwise.
+        name: the name of the caller; empty if no callers are configured.
+        form_token: a field of every form, which proves that a page of the console sent it.
+        new_secret: the value of the cookie to set for a visitor without one; otherwise empty.
     """
 
     origin: CallOrigin
@@ -53,8 +53,8 @@ class Visitors:
 
     Args:
         guard: knows the callers.
-        has_tls: cookies are for TLS only.
-        may_all_write: without configured callers everyone may answer and cancel, not only read.
+        has_tls: browsers may send the cookies over TLS only.
+        may_all_write: if no callers are configured, every visitor may answer and cancel.
     """
 
     def __init__(self, guard: CallerGuard | None, *, has_tls: bool, may_all_write: bool) -> None:
@@ -89,13 +89,13 @@ class Visitors:
         )
 
     def caller_of(self, token: str) -> Caller | None:
-        """Return the caller with a token."""
+        """Return the caller to whom a token belongs."""
         if self._guard is None or not token or len(token) > MAX_TOKEN_CHARS:
             return None
         return self._guard.table.of_token(token)
 
     def origin_of(self, request: Request, token: str) -> CallOrigin:
-        """Return the origin of calls that are made with a token; empty: without any."""
+        """Return the origin of calls with this token; an empty token: of calls without one."""
         client = request.client
         return CallOrigin(
             authorization=f"Bearer {token}" if token else None,
@@ -116,16 +116,16 @@ class Visitors:
         )
 
     def keep_token(self, response: Response, token: str) -> None:
-        """Let the browser keep a token."""
+        """Set the cookie with a token."""
         self._set(response, self._token_cookie, token, MAX_AGE_S)
 
     def keep_secret(self, response: Response, visitor: Visitor) -> None:
-        """Let the browser of a visitor without login keep the secret of its forms."""
+        """Set the cookie with the secret for forms, for a visitor without a login."""
         if visitor.new_secret:
             self._set(response, self._form_cookie, visitor.new_secret, MAX_AGE_S)
 
     def forget_token(self, response: Response) -> None:
-        """Let the browser forget its token."""
+        """Delete the cookie with the token."""
         self._set(response, self._token_cookie, "", 0)
 
     def _set(self, response: Response, name: str, value: str, max_age_s: int) -> None:
@@ -141,10 +141,9 @@ class Visitors:
 
 
 def form_token(secret: str) -> str:
-    """Return what a form carries so that no other site can send it.
+    """Return the token of a visitor's forms. No other site knows it, so none can send a form.
 
-    It is derived from the cookie, which no other site can read, so every replica knows it after
-    every restart.
+    It is derived from the cookie. So it stays the same over restarts, and at every replica.
     """
     return hmac.digest(secret.encode(), b"runrecovery console form", sha256).hex()
 
@@ -159,8 +158,8 @@ def is_own_form(headers: Mapping[str, str], visitor: Visitor, given_token: str) 
 def is_same_origin(headers: Mapping[str, str]) -> bool:
     """Return whether a browser sent a request for a page of this console.
 
-    A browser names where a form comes from. A request that names nothing is refused: programs have
-    the contract, and need no forms.
+    A browser names the origin of a form. A request without an origin is refused: it comes from a
+    program, and programs can call the contract.
     """
     site = headers.get("sec-fetch-site")
     origin = headers.get("origin")

@@ -1,6 +1,6 @@
-"""The words and tones in which the pages show values of the contract. Pure.
+"""The words and colours for values of the contract on the pages. Pure.
 
-A tone is the name of a colour; every tone comes with a word, so that no colour is needed to read.
+A tone is the name of a colour. It always comes with a word, so that nobody needs to see the colour.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A value for people. `tone` is one of busy, wait, good, bad, warn and calm."""
+    """A value as a readable word. `tone` is one of busy, wait, good, bad, warn and calm."""
 
     text: str
     tone: str = "calm"
@@ -45,7 +45,7 @@ STATUS_BY_NAME: Final[Mapping[str, int]] = MappingProxyType(
         "canceled": run_pb2.RUN_STATUS_CANCELED,
     }
 )
-"""The words of the filter, as they stand in the address of the page."""
+"""The words for statuses in the address of the page."""
 
 OUTCOMES: Final[Mapping[int, Word]] = MappingProxyType(
     {
@@ -137,12 +137,12 @@ def status_word(status: int) -> Word:
 
 
 def outcome_word(outcome: int) -> Word:
-    """Return the word of what a restart would make of a run."""
+    """Return the word for the planned decision about a run."""
     return OUTCOMES.get(outcome, _UNKNOWN)
 
 
 def recovery_word(state: int) -> Word:
-    """Return the word of what a restart made of a run."""
+    """Return the word for the decision that a restart made about a run."""
     return RECOVERY_STATES.get(state, _UNKNOWN)
 
 

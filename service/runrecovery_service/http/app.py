@@ -37,7 +37,7 @@ def call_origin(scope: Scope, *, authorization: str | None = None) -> CallOrigin
     """Return the sender of a request.
 
     Args:
-        authorization: replaces the header of the request, for callers that are known otherwise.
+        authorization: replaces the header of the request, for callers that a cookie identifies.
     """
     given = header_values(scope, b"authorization") if authorization is None else [authorization]
     # A second value is passed on as well: the guard refuses a call with two.
@@ -122,7 +122,7 @@ class HttpApp:
 
 
 def _unclear(scope: Scope) -> Response | None:
-    """Return the response to a request that a proxy may read in another way; None: it is clear."""
+    """Return the refusal of a request that a proxy could read differently; None for any other."""
     close = ((b"connection", b"close"),)
     if scope["http_version"] not in {"1.0", "1.1"}:
         return Response(505, b"only HTTP/1.1 and HTTP/1.0 are spoken\n", TEXT, close)

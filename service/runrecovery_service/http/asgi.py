@@ -33,10 +33,10 @@ class BodyTooSlow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A request, and how it is answered.
+    """A request, and the means to answer it.
 
     Attributes:
-        headers: are added to the response, for pages of other origins.
+        headers: added to the response, for pages of other origins.
     """
 
     scope: Scope
@@ -63,7 +63,7 @@ class Response:
     headers: Headers = ()
 
     async def send(self, send: Send, more: Headers = ()) -> None:
-        """Send the response, with more headers."""
+        """Send the response, with additional headers."""
         headers = (
             (b"content-type", self.content_type),
             (b"content-length", b"%d" % len(self.body)),
@@ -91,7 +91,7 @@ def header_values(scope: Scope, name: bytes) -> list[str]:
 
 
 def one_header(scope: Scope, name: bytes) -> str | None:
-    """Return the value of a header. Several are joined, as HTTP permits for a list."""
+    """Return the value of a header. Repeated headers are joined by commas."""
     values = header_values(scope, name)
     return ", ".join(values) if values else None
 

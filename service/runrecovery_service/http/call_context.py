@@ -33,7 +33,7 @@ class CallFailed(Exception):
 
     Attributes:
         code: its status.
-        message: one sentence, for people.
+        message: one readable sentence.
         details: messages of google.rpc: an ErrorInfo, and for some errors more.
     """
 
@@ -79,7 +79,7 @@ class CallContext:
         self._callbacks: list[Callable[[object], None]] = []
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what the guard and the traces read."""
+        """Return the metadata that the guard and the traces read."""
         given = self._origin.authorization
         own = () if given is None else ((AUTHORIZATION, given),)
         return own + self._origin.metadata
@@ -106,7 +106,7 @@ class CallContext:
             callback(self)
 
     async def send_initial_metadata(self, metadata: object) -> None:
-        """Do nothing: the status of an HTTP response says all."""
+        """Do nothing: a response over HTTP needs no initial metadata."""
 
     async def write(self, data: bytes) -> None:
         """Pass a response of a stream to its reader, and wait while the reader has no room."""

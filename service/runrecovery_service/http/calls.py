@@ -1,7 +1,7 @@
 """Calls methods of the contract inside this process.
 
-The handlers are the ones that gRPC calls. So callers, roles, the state of the service, limits,
-metrics and traces are the same for every way into the service.
+The handlers are the ones that gRPC calls. So access, limits, metrics and traces are those of
+gRPC.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ContractCalls:
     async def unary(self, method: str, request: Message, who: CallOrigin) -> Message:
         """Return the response of a method, named by its path.
 
-        A cancelled call ends as one whose client has gone: a write that has begun is finished.
+        If this coroutine is cancelled, a write that has begun is still finished.
 
         Raises:
             CallFailed: the service refused the call, or the call failed.
@@ -93,7 +93,7 @@ class ContractCalls:
 
 
 async def _handle(method: ContractMethod, request: Message, context: Any, pieces: Pieces) -> None:
-    """Handle the call of a stream, and report its end behind its last response."""
+    """Handle the call of a stream, and put its end into the queue after the last response."""
     end: Exception | None = None
     try:
         await method.handle(request.SerializeToString(), context)

@@ -2,7 +2,7 @@
 
 A method with one response takes its request as the body of a POST, or, if it changes nothing, in
 the query of a GET. A method with a stream takes and sends envelopes: a byte of flags, the length in
-four bytes, a message. The last envelope says how the stream ended.
+four bytes, a message. The last envelope has the status of the call.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _demand_no_query(scope: Scope) -> None:
 
 
 def _query_message(scope: Scope) -> tuple[Codec, bytes]:
-    """Return how the message of a GET is written, and the message."""
+    """Return the codec and the bytes of the message of a GET."""
     try:
         pairs = parse_qsl(
             scope["query_string"].decode("ascii"),

@@ -1,7 +1,7 @@
-"""The connections of the HTTP server: how many, and how long each may be silent.
+"""Limits the number of connections of the HTTP server, and how long each may be silent.
 
-uvicorn speaks HTTP. What is added here: a limit on connections, in which a silent one gives way to
-a new one; a time limit for the head of a request; one for a client that reads nothing.
+uvicorn speaks HTTP. This module adds three limits: on the number of connections, where a new one
+replaces an idle one; on the time for the head of a request; on the time without a read by a client.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ConnectionTable(ServerState):
 
 
 class Connection(H11Protocol):
-    """One connection. uvicorn does the protocol.
+    """One connection. uvicorn implements the protocol.
 
     Args:
         stall_s: a client that reads nothing for this time loses its connection.
@@ -91,7 +91,7 @@ class Connection(H11Protocol):
         self._watch_head(has_begun=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Record the end."""
+        """Record that the connection has ended."""
         self._cancel_timers()
         self._table.work(self)
         self._table.live.discard(self)

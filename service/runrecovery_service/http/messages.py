@@ -63,7 +63,7 @@ class Codec:
         """Return a message.
 
         Raises:
-            CallFailed: the data are no message of this type.
+            CallFailed: the data is not a message of this type.
         """
         try:
             return await self._run(lambda: self.parse(data, kind), len(data))
@@ -134,7 +134,7 @@ def error_body(error: CallFailed) -> bytes:
 
 
 def retry_after_s(error: CallFailed) -> int | None:
-    """Return after how many whole seconds the caller may retry; None: the error does not say."""
+    """Return the whole seconds after which the caller may retry; None if the error has no time."""
     for detail in error.details:
         if detail.DESCRIPTOR.name == "RetryInfo":
             seconds: float = detail.retry_delay.ToMilliseconds() / 1000

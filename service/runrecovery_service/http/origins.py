@@ -1,6 +1,6 @@
 """Refuses requests that a browser sends for a page that must not reach this service.
 
-Two ways lead from such a page to an address that only the user of the browser can reach:
+Such a page can reach an address to which only the browser's user has access, in two ways:
 - The page sends requests across origins. Browsers name the origin of the page in `Origin`.
 - The page has a name that its owner lets resolve to the address of this service (DNS rebinding).
   The request then has that name as `Host`. An IP address cannot be rebound, so it needs no check.
@@ -66,10 +66,7 @@ class OriginPolicy:
         return ((b"vary", b"origin"), (b"access-control-allow-origin", origins[0].encode()))
 
     def preflight(self, scope: Scope) -> Response | None:
-        """Return the response to a question of a browser whether it may send a request.
-
-        None: the request is not such a question.
-        """
+        """Return the response to a preflight request of a browser; None for any other request."""
         asked = header_values(scope, b"access-control-request-method")
         if scope["method"] != "OPTIONS" or not asked or not header_values(scope, b"origin"):
             return None

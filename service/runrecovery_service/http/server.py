@@ -24,7 +24,7 @@ HANDSHAKE_S: Final = 20.0
 MAX_HEAD_BYTES: Final = 32_768
 """The largest head of a request. A GET has its message there."""
 ACCEPT_PAUSE_S: Final = 0.1
-"""Pause when the system has no descriptor for a new connection."""
+"""Pause before the next accept when the process is out of descriptors."""
 ABORT_S: Final = 1.0
 """Time for requests to end whose connections have been closed."""
 
@@ -146,7 +146,7 @@ class HttpServer:
             task.add_done_callback(partial(self._end_connecting, sock, connection))
 
     async def _connect(self, sock: socket.socket, connection: Connection) -> None:
-        """Make the connection of an accepted socket. It serves itself from then on."""
+        """Turn an accepted socket into a connection, which then handles its own events."""
         context = None
         with suppress(OSError):  # the client has gone, or its handshake failed
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,4 +1,4 @@
-"""TLS of the HTTP server, with the certificate that gRPC uses. It follows the files."""
+"""TLS of the HTTP server, with the certificate that gRPC uses. It notices changes of the files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runrecovery_service.rpc.certificates import Certificate, ssl_context
 from runrecovery_service.rpc.tls import ServerTls
 
 FOLLOW_S: Final = 1.0
-"""Time for the files to be looked at before a handshake. A disk that hangs must not hang it."""
+"""The most time to check the files before a handshake. A disk that hangs must not block it."""
 
 
 class HttpTls:
