@@ -49,7 +49,7 @@ def remove_all(service: ServiceConnection) -> recovery_service_pb2.PruneResponse
 
 
 def describe_pruned(pruned: recovery_service_pb2.PruneResponse, *, dry_run: bool) -> str:
-    """Return the counts of a removal or of a dry run, for people."""
+    """Return the counts of a removal or of a dry run as readable text."""
     if not pruned.kinds:
         return "nothing is removed: the service has no [retention]"
     kept = time(pruned.oldest_kept_at) if pruned.HasField("oldest_kept_at") else "none"

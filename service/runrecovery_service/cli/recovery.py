@@ -321,7 +321,7 @@ def show(service: ServiceConnection, report: str) -> None:
 
 
 def describe_status(answer: Status) -> str:
-    """Return the state of the service for people, with the report of this start."""
+    """Return the state of the service as readable text, with the report of this start."""
     own = aligned_pairs(
         ("service", word(answer, "state")),
         ("instance", f"{answer.instance}, epoch {answer.epoch}"),
@@ -350,7 +350,7 @@ def decision_line(response: recovery_service_pb2.WatchRecoveredResponse) -> str:
 
 
 def describe_explanations(answer: recovery_service_pb2.ExplainRecoveryResponse) -> str:
-    """Return the decisions about one run for people, newest first."""
+    """Return the decisions about one run as readable text, newest first."""
     explained = [_explanation(explanation) for explanation in answer.explanations]
     return "\n\n".join(explained) or "no restart has decided about this run"
 
@@ -377,7 +377,7 @@ def _explanation(explained: recovery_service_pb2.RecoveryExplanation) -> str:
 
 
 def describe_totals(plan: recovery_service_pb2.RecoveryPlan) -> str:
-    """Return the totals of a plan for people."""
+    """Return the totals of a plan as readable text."""
     summary = aligned_pairs(
         ("runs", f"{plan.runs_total}, {plan.runs_unchanged} unchanged"),
         ("quarantined", plan.quarantined),
@@ -388,7 +388,7 @@ def describe_totals(plan: recovery_service_pb2.RecoveryPlan) -> str:
 
 
 def describe_report(report: recovery_pb2.Reconciliation) -> str:
-    """Return the report of one restart for people."""
+    """Return the report of one restart as readable text."""
     orphans, cleared = report.orphans, report.bindings
     processes = (
         f"{orphans.found} found, {orphans.ended} ended, {orphans.refused} refused;"

@@ -400,7 +400,7 @@ def _questions(profile: run_pb2.InteractiveProfile) -> str:
 
 
 def update_line(update: run_service_pb2.WatchRunResponse) -> str:
-    """Return one response of a watch as a line for people."""
+    """Return one response of a watch as a readable line."""
     if update.HasField("snapshot"):
         run = update.snapshot
         cells = (word(run, "status"), "snapshot", *_asked(run))
@@ -431,7 +431,7 @@ def _line(at: str, sequence: int, *cells: str) -> str:
 
 
 def describe(run: run_pb2.Run) -> str:
-    """Return a run for people, one fact per line."""
+    """Return a run as readable text, one fact per line. `runs get` prints it."""
     pending, decided = run.pending_interaction, run.recovery
     offered = ", ".join(option.label for option in pending.options)
     return aligned_pairs(

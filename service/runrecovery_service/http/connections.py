@@ -18,10 +18,10 @@ from uvicorn.server import ServerState
 from runrecovery_service.http.app import CERTIFICATE
 
 HEAD_S: Final = 10.0
-"""From the first byte of a request, or of a connection, to the end of the head."""
+"""The most time from the start of a request or connection to the end of the head."""
 PIECE_BYTES: Final = 16_384
 STALL_MARGIN_S: Final = 5.0
-"""A stream is cut off with a status first; then its connection is closed."""
+"""The time between the status that ends a stream and the close of its connection."""
 
 
 class ConnectionTable(ServerState):
