@@ -53,7 +53,7 @@ class Renderer:
             visitor: None on pages for everyone, such as the login.
             values: the variables of the template. `live`: the address of the stream that reports
                 changes of the page; empty: none. `version`: the version that the page shows.
-                `page`: the address of the page; empty: the one that was asked for.
+                `page`: the address of the page; empty: that of the request.
         """
         given = {"live": "", "version": "", "page": "", "notice": "", "reload_s": 0} | values
         html = self._templates.get_template(f"{name}.html").render(visitor=visitor, **given)
