@@ -79,7 +79,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         name="role-too-wide",
-        file="rpc/roles.py",
+        file="rpc/method_roles.py",
         old='CancelRun": Role.REPLIER',
         new='CancelRun": Role.VIEWER',
         test="tests/service/test_callers.py",
