@@ -23,8 +23,8 @@ _INVISIBLE: Final = re.compile(
     "\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb"
     "\ud800-\udfff\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-"""Control characters but tab and newline, those that change the direction of text, and those that
-take no room. U+200C and U+200D stay: writing systems and emoji need them."""
+"""Control characters except tab and newline, characters that change the direction of text, and
+characters without width. U+200C and U+200D stay: writing systems and emoji need them."""
 
 
 def without_terminal_sequences(text: str) -> str:
