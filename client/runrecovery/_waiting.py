@@ -141,7 +141,7 @@ class Wait(Generic[ValueT]):
 
 
 def wait_for_run(run_id: str, *, timeout_s: float | None, or_waiting: bool) -> Wait[run_pb2.Run]:
-    """Return a wait for the end of a run, or also for its next question."""
+    """Return a `Wait` that ends with a run, or also with its next question."""
     wanted = TERMINAL_STATUSES | ({run_pb2.RUN_STATUS_WAITING_USER} if or_waiting else set())
 
     def reached(run: run_pb2.Run) -> bool:
@@ -155,7 +155,7 @@ def wait_for_run(run_id: str, *, timeout_s: float | None, or_waiting: bool) -> W
 
 
 def wait_until_serving(service: str, *, timeout_s: float | None) -> Wait[str]:
-    """Return a wait for a health check with SERVING."""
+    """Return a `Wait` that ends when a health check says SERVING."""
     pacer = Pacer(first_s=0.1, longest_s=1.0, within_s=timeout_s)
     goal = f"service {service!r} to be SERVING" if service else "the service to be SERVING"
     return Wait(goal, reached=lambda status: status == "SERVING", pacer=pacer)

@@ -22,7 +22,7 @@ class SessionNamed:
 
 @dataclass(frozen=True, slots=True)
 class TextWritten:
-    """The agent wrote text. `is_piece`: the text continues the one before."""
+    """The agent wrote text. `is_piece`: the text continues the previous one."""
 
     text: str
     is_piece: bool = False

@@ -245,7 +245,7 @@ class Dialect(Protocol):
     def ends_once(self) -> bool:
         """True: a second, different result or question breaks the protocol.
 
-        False: it replaces the one before.
+        False: it replaces the previous one.
         """
         ...
 

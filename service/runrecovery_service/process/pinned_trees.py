@@ -169,7 +169,7 @@ class PinnedTrees:
         return pinned.member.proof.value if pinned.proved else None
 
     def note_protected(self, protected: Collection[ProtectedMember]) -> None:
-        """Replace the protected members that the scan before had found."""
+        """Set the protected members that the latest scan found, in place of earlier ones."""
         for tree in self.trees:
             if tree.protected:
                 tree.protected = []

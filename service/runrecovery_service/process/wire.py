@@ -15,8 +15,8 @@ import os
 RELEASE = b"go"
 DONE, LEFT = b"done", b"left"
 """Lines of the gate. `done`: the service needs no more output of the agent. `left`: the service
-reads no more, and leaves to the shim what it has not kept. A gate that closes without `done` says
-`left`. A shim with a file for this rest exits only after one of them."""
+reads no more, and the shim keeps the rest of the output. A gate that closes without `done` means
+`left`. A shim with a file for the rest exits only after one of these lines."""
 NEVER_RAN = 125
 """The shim's exit code if the gate closed or the deadline passed before the agent's release."""
 

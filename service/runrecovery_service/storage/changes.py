@@ -186,7 +186,7 @@ def decisions_stamp(db: Database) -> tuple[int, int]:
 
 
 class SharedPoll:
-    """Compares each poll of a shared store with the one before."""
+    """Compares each poll of a shared store with the previous poll."""
 
     def __init__(self) -> None:
         self._counts: Mapping[int, int] = {}
