@@ -56,6 +56,42 @@ Case = tuple[RunStatus, Profile | None, Fact]
 AT_START: Final = tuple(product(LIVE, PROFILES, OF_START))
 IN_TAKEOVER: Final = tuple(product(LIVE, PROFILES, OF_TAKEOVER))
 EVERYTHING: Final = AT_START + IN_TAKEOVER
+RESUMES: Final = Fact.RESUME | Fact.RESUME_LEFT | Fact.RESTART_LEFT
+LOST_HOST: Final = Fact.ELSEWHERE | Fact.HOST_LOST
+WAITS, QUEUED, RUNS = RunStatus.WAITING_USER, RunStatus.QUEUED, RunStatus.RUNNING
+RESUMABLE, STICKY = Profile.RESUMABLE, Profile.STICKY_PROCESS
+FIRST_RULES: Final = (
+    (WAITS, RESUMABLE, Fact.PENDING | Fact.HANDLE, "resumable_waiting_preserved"),
+    (WAITS, RESUMABLE, Fact.PENDING, "session_handle_lost"),
+    (WAITS, RESUMABLE, Fact.HANDLE, "pending_interaction_lost"),
+    (WAITS, STICKY, Fact.PENDING | Fact.HANDLE, "sticky_process_lost"),
+    (WAITS, None, Fact.PENDING | Fact.HANDLE, "profile_missing"),
+    (QUEUED, RESUMABLE, Fact.REPLY | Fact.HANDLE, "accepted_reply_redriven"),
+    (RUNS, RESUMABLE, Fact.REPLY | Fact.HANDLE, "accepted_reply_redriven"),
+    (QUEUED, RESUMABLE, Fact.REPLY | Fact.HANDLE | Fact.REQUEUE, "accepted_reply_redriven"),
+    (RUNS, RESUMABLE, Fact.REPLY | Fact.HANDLE | RESUMES, "accepted_reply_redriven"),
+    (QUEUED, RESUMABLE, Fact.REPLY, "accepted_reply_session_lost"),
+    (QUEUED, RESUMABLE, Fact.REPLY | RESUMES, "accepted_reply_session_lost"),
+    (RUNS, RESUMABLE, Fact.REPLY | Fact.REQUEUE, "requeued"),
+    (RUNS, RESUMABLE, Fact.HANDLE | RESUMES, "interrupted_turn_resumed"),
+    (RUNS, RESUMABLE, RESUMES, "interrupted_before_session"),
+    (RUNS, RESUMABLE, Fact.HANDLE | Fact.RESUME | Fact.RESTART_LEFT, "resumes_used_up"),
+    (RUNS, RESUMABLE, Fact.RESUME | Fact.RESUME_LEFT, "attempts_used_up"),
+    (RUNS, STICKY, Fact.REQUEUE, "requeued"),
+    (QUEUED, RESUMABLE, NOTHING, "queued_interrupted"),
+    (RUNS, RESUMABLE, Fact.HANDLE, "running_interrupted"),
+    (RUNS, RESUMABLE, Fact.RESULT | Fact.REPLY | Fact.HANDLE, "result_found_in_output"),
+    (RUNS, RESUMABLE, Fact.RESULT | Fact.REQUEUE, "result_found_in_output"),
+    (RUNS, RESUMABLE, Fact.QUESTION | Fact.HANDLE | RESUMES, "question_found_in_output"),
+    (RUNS, RESUMABLE, Fact.QUESTION, "running_interrupted"),
+    (RUNS, RESUMABLE, Fact.OVER_BUDGET | Fact.HANDLE | RESUMES, "budget_used_up"),
+    (WAITS, RESUMABLE, Fact.PENDING | Fact.HANDLE | Fact.ELSEWHERE, "waiting_for_its_host"),
+    (QUEUED, RESUMABLE, Fact.REPLY | Fact.HANDLE | Fact.ELSEWHERE, "queued_for_its_host"),
+    (RUNS, RESUMABLE, Fact.HANDLE | RESUMES | Fact.ELSEWHERE, "queued_for_its_host"),
+    (WAITS, RESUMABLE, Fact.PENDING | Fact.HANDLE | LOST_HOST, "host_did_not_return"),
+    (RUNS, RESUMABLE, Fact.HANDLE | LOST_HOST | Fact.CANCEL, "cancel_completed"),
+)  # fmt: skip
+"""Runs for which several rules apply, or nearly apply, and the rule that decides."""
 EXCLUSIVE: Final = (
     Fact.PENDING | Fact.REPLY, Fact.REQUEUE | Fact.RESUME, Fact.RESULT | Fact.QUESTION,
     Fact.RESULT | Fact.OVER_BUDGET, Fact.QUESTION | Fact.OVER_BUDGET,
@@ -128,6 +164,13 @@ def test_a_cancel_request_precedes_every_other_rule() -> None:
     for status, profile, facts in EVERYTHING:
         if Fact.CANCEL in facts:
             assert RunStatus.CANCELED is decide(status, profile, facts).becomes
+
+
+@pytest.mark.parametrize(("status", "profile", "facts", "rule"), FIRST_RULES)
+def test_a_rule_comes_before_those_that_would_lose_more(
+    status: RunStatus, profile: Profile | None, facts: Fact, rule: str
+) -> None:
+    assert decide(status, profile, facts).name == rule
 
 
 # -- SQL ---------------------------------------------------------------------------------------

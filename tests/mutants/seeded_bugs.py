@@ -40,14 +40,14 @@ MUTANTS: Final = (
         file="domain/recovery_matrix.py",
         old="needs=Fact.REPLY | Fact.HANDLE,",
         new="needs=Fact.REPLY | Fact.HANDLE, lacks=Fact.REQUEUE,",
-        test="tests/storage/test_interrupted_turns.py",
+        test="tests/domain/test_recovery_matrix.py",
     ),
     Mutant(
         name="ended-run-starts-again",
         file="domain/transitions.py",
         old="RunStatus.SUCCEEDED: frozenset[RunStatus](),",
         new="RunStatus.SUCCEEDED: frozenset({RunStatus.RUNNING}),",
-        test="tests/storage/test_turns.py",
+        test="tests/domain/test_transitions.py",
     ),
     Mutant(
         name="second-resume-waits-twice-as-long",
@@ -89,7 +89,7 @@ MUTANTS: Final = (
         file="storage/runs.py",
         old='AND status = ? AND version = ?"',
         new='AND status = ? AND version >= ?"',
-        test="tests/storage/test_deadlines.py",
+        test="tests/storage/test_runs.py",
     ),
     Mutant(
         name="run-of-newer-epoch-overwritten",
@@ -148,10 +148,10 @@ MUTANTS: Final = (
         test="tests/storage/test_lost_commits.py",
     ),
     Mutant(
-        name="pruned-history-unnoticed",
+        name="unknown-sequence-answered",
         file="storage/events.py",
-        old="oldest = max(1, last - EVENTS_KEPT + 1)",
-        new="oldest = max(1, last - EVENTS_KEPT)",
+        old="if after > last:",
+        new="if after > last + 1:",
         test="tests/storage/test_events.py",
     ),
     Mutant(
@@ -169,10 +169,10 @@ MUTANTS: Final = (
         test="tests/storage/test_interactions.py",
     ),
     Mutant(
-        name="reply-to-an-older-question",
+        name="reply-to-a-future-question",
         file="storage/interactions.py",
         old="if run.pending.interaction_id != interaction_id:",
-        new="if run.pending.interaction_id < interaction_id:",
+        new="if run.pending.interaction_id > interaction_id:",
         test="tests/storage/test_interactions.py",
     ),
     Mutant(

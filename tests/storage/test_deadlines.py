@@ -198,6 +198,19 @@ def test_a_resumable_run_that_requires_a_reply_waits_for_ever(store: ServiceStor
     assert passed(store) == []
 
 
+def test_a_sticky_run_that_requires_a_reply_is_not_decided_at_its_deadline(
+    store: ServiceStore,
+) -> None:
+    run = store.waiting(profile=Profile.STICKY_PROCESS, require_user_reply=True)
+    store.advance(WAIT_S)
+
+    after = end_wait(store, run)
+
+    assert after is not None
+    assert (after.status, after.auto_decided_count) == (RunStatus.WAITING_USER, 0)
+    assert store.rows("SELECT state FROM interaction") == [("CLOSED",)]
+
+
 def test_an_automatic_decision_survives_a_restart(store: ServiceStore) -> None:
     run = armed(store)
     store.advance(WAIT_S)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.run import RestartPolicy
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import instances, launch_records
 from runrecovery_service.storage.instances import Owner
@@ -242,6 +243,20 @@ def test_a_launch_that_could_not_be_ended_stays_an_orphan_until_it_is_gone(
     assert launch.unended
     assert again == launch
     assert orphans(store) == []
+
+
+def test_a_run_is_not_taken_while_a_process_of_it_may_still_live(store: ServiceStore) -> None:
+    turn = store.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+    close(store, turn, LEFT)
+    store.recover()
+
+    before = store.take()
+    close(store, turn, report=5)
+    after = store.take()
+
+    assert before is None
+    assert after is not None
+    assert after.run.run_id == turn.run.run_id
 
 
 def add_launches(store: ServiceStore, count: int) -> None:

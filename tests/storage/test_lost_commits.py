@@ -163,6 +163,15 @@ def test_a_supervised_launch_is_identified_by_its_cookie_when_lost_takes_are_und
     assert store.rows("SELECT run_id, status FROM run") == [("of another caller", "QUEUED")]
 
 
+def test_a_take_that_is_undone_counts_neither_as_an_attempt_nor_as_a_turn(
+    store: ServiceStore,
+) -> None:
+    store.running()
+    turn_starts.requeue_unlaunched(store.db, owner=store.owner, held=[], now=store.tick())
+
+    assert store.rows("SELECT status, attempt, turn FROM run") == [("QUEUED", 0, 0)]
+
+
 def test_a_canceled_run_is_not_queued_again_when_its_lost_take_is_undone(
     store: ServiceStore,
 ) -> None:

@@ -26,6 +26,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.turn import Failed, Succeeded
 from runrecovery_service.storage import instances, run_pages, runs
+from runrecovery_service.storage.database import Stale
 from storage.service_store import ServiceStore, boot, receipt
 
 FAILED = Failed(RunError(code="ENGINE_FAILED", message="m"))
@@ -235,6 +236,20 @@ def test_a_quarantined_run_is_listed_under_no_status(store: ServiceStore) -> Non
 
 
 # -- cancel ------------------------------------------------------------------------------------
+
+
+def test_a_change_of_a_row_that_has_changed_since_it_was_read_is_stale(
+    store: ServiceStore,
+) -> None:
+    turn = store.running()
+    read = store.get(turn.run)
+    store.keep_session(turn)  # another version with the same status
+
+    with pytest.raises(Stale), store.db.transaction():
+        runs.change(store.db, read, owner=store.owner, now=store.tick(), output="'lost'")
+
+    assert store.get(turn.run).session is not None
+    assert store.column(turn.run, "output") is None
 
 
 def test_a_queued_run_is_canceled_at_once(store: ServiceStore) -> None:
