@@ -1,7 +1,8 @@
 """Limits the number of connections of the HTTP server, and how long each may be silent.
 
 uvicorn speaks HTTP. This module adds three limits: on the number of connections, where a new one
-replaces an idle one; on the time for the head of a request; on the time without a read by a client.
+replaces an idle one; on the time for the head of a request; on the time for which a client reads
+nothing.
 """
 
 from __future__ import annotations
