@@ -105,7 +105,7 @@ class Recovery:
 
         Raises:
             WatchCursorInvalid: start a new watch without `after_cursor`.
-            InvalidRequest, DeadlineExceeded: see each.
+            InvalidRequest, DeadlineExceeded: see their docs.
             Unavailable, Overloaded, SlowReader: the last failure, once `reconnect_s` is over.
         """
         chosen = requests.recovered_filter(

@@ -62,7 +62,7 @@ class Runs:
 
         Raises:
             UnknownEngine, RunAlreadyExists, RequestIdReused, InvalidRequest, Overloaded,
-                StorageFull: see each.
+                StorageFull: see their docs.
             TypeError: the input is not JSON.
             ValueError: a number of the input cannot be sent unchanged.
         """
@@ -155,7 +155,7 @@ class Runs:
         Raises:
             WatchHistoryPruned, WatchSequenceUnknown: start a new watch without `after_sequence`.
             WatchGap: the service omitted events.
-            RunNotFound, DeadlineExceeded: see each.
+            RunNotFound, DeadlineExceeded: see their docs.
             Unavailable, Overloaded, SlowReader: the last failure, once `reconnect_s` is over.
         """
         watch = streams.RunWatch(
@@ -187,7 +187,7 @@ class Runs:
 
         Raises:
             RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,
-                RequestIdReused, InvalidRequest: see each.
+                RequestIdReused, InvalidRequest: see their docs.
         """
         call = requests.submit_reply(
             run_id, interaction_id, response, etag=etag, request_id=request_id
@@ -233,7 +233,7 @@ class Runs:
 
         Raises:
             RunNotFound, RunNotReopenable, SessionNotResumable, RunOfAnotherInstance,
-                RunQuarantined, EtagMismatch, RequestIdReused, InvalidRequest: see each.
+                RunQuarantined, EtagMismatch, RequestIdReused, InvalidRequest: see their docs.
         """
         call = requests.reopen_run(
             run_id, session_handle=session_handle, etag=etag, request_id=request_id
@@ -275,7 +275,7 @@ class Runs:
             timeout_s: seconds for reading everything; None: no limit.
 
         Raises:
-            RunNotFound, OutputRemoved, OutputOutOfRange, DeadlineExceeded: see each.
+            RunNotFound, OutputRemoved, OutputOutOfRange, DeadlineExceeded: see their docs.
             RunOfAnotherInstance: the files are at another instance on the same database.
             Unavailable, Overloaded, SlowReader: the last failure, once `reconnect_s` is over.
         """

@@ -61,7 +61,7 @@ class OutputReader:
         """Yield the output in pieces.
 
         Raises:
-            InvalidFields, RunNotFound, OutputOutOfRange, OutputRemoved: see each.
+            InvalidFields, RunNotFound, OutputOutOfRange, OutputRemoved: see their docs.
             RunOfAnotherInstance: another instance has the files.
             ShuttingDown: only when following; the caller can resume by its offset.
         """

@@ -92,7 +92,7 @@ class RunWatcher:
         """Yield a snapshot, or resume after the caller's sequence; then yield every event.
 
         Raises:
-            InvalidFields, RunNotFound, WatchHistoryPruned, WatchSequenceUnknown: see each.
+            InvalidFields, RunNotFound, WatchHistoryPruned, WatchSequenceUnknown: see their docs.
             ShuttingDown: the caller can resume after the restart.
         """
         validation.require_valid(validation.watch_run(request))

@@ -42,7 +42,7 @@ _EMPTIED: Final = ("{\n}\n", "{\r\n}\r\n")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonEditor:
-    """Edits entries of a JSON file. The path of an entry is `before`, then the folder, then `after`.
+    """Edits entries of a JSON file. An entry has the path `before`, then the folder, then `after`.
 
     Attributes:
         before, after: the names in the path before and after the folder's.
