@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 from runrecovery_service.console.actions import local_path
-from runrecovery_service.console.visitors import form_token, is_same_origin
+from runrecovery_service.console.visitors import Visitors, form_token, is_same_origin
+from runrecovery_service.rpc.callers import CallerGuard, CallerTable
+from starlette.responses import Response
 
 HOST = {"host": "console.example:8080"}
 
@@ -36,6 +38,17 @@ def test_the_token_of_a_form_does_not_show_the_token_of_the_caller() -> None:
     assert form_token("a" * 32) == form_token("a" * 32)
     assert form_token("a" * 32) != form_token("a" * 31 + "b")
     assert "aaaa" not in form_token("a" * 32)
+
+
+def test_over_tls_the_cookie_belongs_to_this_very_host_and_needs_tls() -> None:
+    response = Response()
+
+    visitors = Visitors(CallerGuard(CallerTable([])), has_tls=True, may_all_write=False)
+    visitors.keep_token(response, "t")
+
+    assert response.headers["set-cookie"] == (
+        "__Host-runrecovery-token=t; HttpOnly; Max-Age=43200; Path=/; SameSite=strict; Secure"
+    )
 
 
 @pytest.mark.parametrize(
