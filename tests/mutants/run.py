@@ -24,7 +24,7 @@ from mutants.seeded_bugs import MUTANTS, Mutant
 from mutants.tree import FAILED, ROOT, CopiedTree
 
 TREES: Final = 2
-_FAILED_TEST: Final = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+_FAILED_TEST: Final = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
 
 
 def main() -> int:

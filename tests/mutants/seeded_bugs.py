@@ -292,7 +292,7 @@ MUTANTS: Final = (
         file="execution/dispatcher.py",
         old="if count >= limits.get(name",
         new="if count > limits.get(name",
-        test="tests/execution/test_dispatch.py",
+        test="tests/service/test_slots.py",
     ),
     Mutant(
         name="last-output-missed",
@@ -390,7 +390,7 @@ MUTANTS: Final = (
         file="recovery/reconcile.py",
         old="return unfinished >= limits.safe_mode_after",
         new="return unfinished > limits.safe_mode_after",
-        test="tests/recovery",
+        test="tests/crash/test_recovery_matrix.py",
     ),
     Mutant(
         name="open-to-the-network-without-tls",

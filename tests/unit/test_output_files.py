@@ -34,16 +34,29 @@ def files_on_a_small_disk(
     return OutputFiles(workspaces, max_bytes=max_bytes)
 
 
-@pytest.mark.parametrize(("max_bytes", "kept"), [(1000, b"ten bytes."), (7, b"ten byt")])
+@pytest.mark.parametrize(
+    ("max_bytes", "kept", "truncated"),
+    [
+        (1000, b"ten bytes.", False),
+        (10, b"ten bytes.", False),
+        (9, b"ten bytes", True),
+        (7, b"ten byt", True),
+    ],
+)
 def test_output_that_is_written_in_parts_is_kept_up_to_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int, kept: bytes
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    max_bytes: int,
+    kept: bytes,
+    truncated: bool,
 ) -> None:
     files = files_on_a_small_disk(tmp_path, monkeypatch, room=100, max_bytes=max_bytes)
 
     files.append(1, 1, STDOUT, b"ten bytes.")
 
     piece = files.read(1, 1, STDOUT, 0, 1000)
-    assert (piece.data, piece.truncated) == (kept, max_bytes == 7)
+    assert (piece.data, piece.truncated) == (kept, truncated)
 
 
 def test_output_that_fills_the_disk_is_an_error(
