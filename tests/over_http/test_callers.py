@@ -166,7 +166,10 @@ def test_what_a_caller_changes_names_it(service: ServiceProcess) -> None:
     )
 
     assert created.json["run"]["createdBy"] == "creator"
-    (event,) = [event for event in service.events("audit.changed") if event["run_id"] == "named"]
+    (event,) = until(  # a thread writes the log
+        lambda: [each for each in service.events("audit.changed") if each["run_id"] == "named"],
+        "the change is logged",
+    )
     assert event["caller"] == "creator"
 
 
