@@ -86,6 +86,16 @@ def counted_answers(run: run_pb2.Run) -> set[int]:
     return {share for share, times in digits.items() if times}
 
 
+def shares_with_effect(setup: RealCliSetup, model: ThreeSteps) -> set[int]:
+    """Return the share of each answer whose command has begun."""
+    begun = model.begun()
+    return {
+        each.share
+        for each in setup.endpoint.answered
+        if any(call in (each.command or "") for call in begun)
+    }
+
+
 @pytest.mark.parametrize(
     "moment",
     [Moment.REQUEST_OPEN, Moment.IN_A_TOOL, Moment.AFTER_A_RESULT],
@@ -160,6 +170,8 @@ def test_a_turn_that_is_killed_at_a_random_moment_is_completed(
     counted = counted_answers(run)
     assert all(share in counted for share in shares_sent(setup)[-1:]), "the result is not counted"
     assert counted <= set(shares_sent(setup)), "an answer counts twice, or was never sent"
+    if cli.preset == "claude":  # it prints an answer before it begins the command
+        assert counted >= shares_with_effect(setup, model)
 
 
 def test_a_deploy_in_the_middle_of_eight_turns_fails_none(

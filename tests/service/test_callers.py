@@ -19,7 +19,7 @@ from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery.v1.run_pb2 import RunEventKind
 from support.api import Api, Refusal, refusal_of, refused
 from support.callers import EXPECTED, RECOVERY, REFLECTION, ROLES, RUNS, caller, digest_of, token_of
-from support.service import Home, ServiceProcess
+from support.service import Home, Json, ServiceProcess
 from support.waiting import until
 
 SECOND = token_of("a second token of twice")
@@ -298,8 +298,12 @@ def test_every_change_records_its_caller(connect: Connect, service: ServiceProce
         for update in watch
         if update.event.caller
     ] == [("CREATED", "creator"), ("ANSWERED", "replier"), ("CANCELED", "operator")]
-    logged = [event for event in service.events("audit.changed") if event["run_id"] == run.run_id]
-    assert [(event["caller"], event["method"]) for event in logged] == [
+
+    def logged() -> list[Json]:
+        return [event for event in service.events("audit.changed") if event["run_id"] == run.run_id]
+
+    until(lambda: len(logged()) == 4, "every change is logged")  # by a thread
+    assert [(event["caller"], event["method"]) for event in logged()] == [
         ("creator", "CreateRun"), ("replier", "SubmitReply"), ("operator", "CancelRun"),
         ("replier", "CancelRun"),
     ]  # fmt: skip
