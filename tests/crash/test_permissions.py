@@ -239,7 +239,7 @@ def test_a_permission_that_was_used_before_it_was_on_record_is_not_given_again(
     assert setup.effects == []
     if policy == "fail":
         assert ended.error.code == "ORCHESTRATOR_RESTART_INTERRUPTED"
-        assert "The permission had been used" in ended.error.message
+        assert "The permission was already used" in ended.error.message
     else:
         assert results(ended) == []
         assert ended.resume_count == 1

@@ -205,7 +205,7 @@ def test_another_command_that_only_imports_ends_by_ctrl_c_with_130(
 
 TAKES_OVER = """
 import asyncio, os, signal
-from runrecovery_service import control, early_signals
+from runrecovery_service import signal_handlers, early_signals
 from runrecovery_service.stop_signal import StopSignal
 
 early_signals.hold()
@@ -220,7 +220,7 @@ def tell_loop_and_be_signalled(*given, **named):
 async def main():
     stop = StopSignal()
     signal.set_wakeup_fd = tell_loop_and_be_signalled
-    control.Signals(stop, lambda: True).handle()
+    signal_handlers.Signals(stop, lambda: True).handle()
     await asyncio.wait_for(stop.wait(), 20)
     await asyncio.sleep(0)  # a loop that reports the signal too does so by now
     await asyncio.sleep(0)
