@@ -243,6 +243,16 @@ def test_the_console_can_be_switched_off(tmp_path: Path) -> None:
         assert (visit.get("/").status, visit.get("/healthz").status) == (404, 200)
 
 
+def test_without_the_console_no_template_is_imported(tmp_path: Path) -> None:
+    with Home(tmp_path, http_listen="127.0.0.1:0", console=False, may_fork=False) as home:
+        home.env["PYTHONPROFILEIMPORTTIME"] = "1"
+        service, _ = home.start()
+        imported = {line.rpartition("|")[2].strip() for line in service.text.splitlines()}
+
+    assert "uvicorn" in imported
+    assert not imported & {"jinja2", "runrecovery_service.console", "starlette.applications"}
+
+
 def test_another_name_of_the_host_is_refused(visit: ConsoleVisit) -> None:
     assert visit.get("/", Host="rebound.example").status == 421
 

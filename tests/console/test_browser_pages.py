@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
@@ -183,6 +185,50 @@ def test_times_are_in_the_zone_of_the_viewer_and_exact_in_utc(
     assert shown.inner_text().endswith(f"{hour:02d}:{created:%M:%S}")
     milliseconds = f"{created.microsecond // 1000:03d}"
     assert shown.get_attribute("title") == f"{created:%Y-%m-%d %H:%M:%S}.{milliseconds} UTC"
+
+
+def test_runs_are_filtered_by_times_in_the_zone_of_the_viewer(
+    context: BrowserContext, service: ServiceProcess
+) -> None:
+    created = service.api().get("text").created_at.ToDatetime().replace(second=0, microsecond=0)
+    first, last = (f"{created + timedelta(minutes=at):%Y-%m-%dT%H:%M}" for at in (0, 1))
+    tokyo = timedelta(hours=9)
+    here = [f"{created + tokyo + timedelta(minutes=at):%Y-%m-%dT%H:%M}" for at in (0, 1)]
+    page = context.new_page()
+    page.goto("/runs")
+
+    page.get_by_label("Created from (your time)").fill(here[0])
+    page.get_by_label("Created before (your time)").fill(here[1])
+    page.get_by_role("button", name="Show").click()
+
+    expect(page.get_by_role("link", name="text", exact=True)).to_be_visible()
+    query = parse_qs(urlsplit(page.url).query)
+    assert (query["after"], query["before"]) == ([first], [last])
+    assert page.get_by_label("Created from (your time)").input_value() == here[0]
+    page.get_by_label("Created from (your time)").fill(here[1])
+    page.get_by_label("Created before (your time)").fill("")
+    page.get_by_role("button", name="Show").click()
+    expect(page.get_by_role("link", name="text", exact=True)).to_have_count(0)
+
+
+def test_without_a_script_runs_are_filtered_by_times_in_utc(
+    browser: Browser, address: str, service: ServiceProcess
+) -> None:
+    created = service.api().get("text").created_at.ToDatetime().replace(second=0, microsecond=0)
+    minute = f"{created:%Y-%m-%dT%H:%M}"
+    with browser.new_context(base_url=address, java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto("/runs")
+        page.get_by_label("Created before (UTC)").fill(minute)
+        page.get_by_role("button", name="Show").click()
+        assert page.get_by_role("link", name="text", exact=True).count() == 0
+        assert page.get_by_label("Created before (UTC)").input_value() == minute
+
+        page.get_by_label("Created before (UTC)").fill("")
+        page.get_by_label("Created from (UTC)").fill(minute)
+        page.get_by_role("button", name="Show").click()
+
+        assert page.get_by_role("link", name="text", exact=True).count() == 1
 
 
 def test_a_question_is_answered_by_the_keyboard_alone(context: BrowserContext, api: Api) -> None:

@@ -173,8 +173,36 @@ def test_a_filter_becomes_a_request_and_an_address() -> None:
     )
 
 
-def test_an_unknown_status_filters_nothing() -> None:
-    assert RunFilter.of({"status": "<x>"}).is_empty
+def test_a_filter_by_time_is_in_utc_and_stays_in_the_address() -> None:
+    wanted = RunFilter.of({"after": "2026-11-30T09:05", "before": "2026-12-01T00:00"})
+
+    request = wanted.request("")
+
+    assert request.filter.created_after.ToJsonString() == "2026-11-30T09:05:00Z"
+    assert request.filter.created_before.ToJsonString() == "2026-12-01T00:00:00Z"
+    assert wanted.address() == "/runs?after=2026-11-30T09%3A05&before=2026-12-01T00%3A00"
+    assert not wanted.is_empty
+    half = RunFilter.of({"before": "2026-12-01T00:00"}).request("").filter
+    assert not half.HasField("created_after")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"status": "<x>"},
+        {"after": "yesterday"},
+        {"after": "2026-13-01T00:00"},
+        {"before": "2026-11-30"},
+        {"before": "2026-11-30T09:05+01:00"},
+        {"before": "+10000-01-01T00:0"},
+        {"before": "0000-01-01T00:00"},
+    ],
+)
+def test_an_unknown_status_and_what_is_not_a_time_filter_nothing(query: dict[str, str]) -> None:
+    wanted = RunFilter.of(query)
+
+    assert wanted.is_empty
+    assert wanted.request("") == RunFilter().request("")
 
 
 def test_a_quarantined_run_is_shown_as_such() -> None:

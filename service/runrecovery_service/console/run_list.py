@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Final
 from urllib.parse import urlencode
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from runrecovery.v1 import run_pb2, run_service_pb2
 
 from runrecovery_service.console.moments import Moment, moment
@@ -15,6 +17,7 @@ from runrecovery_service.console.words import STATUS_BY_NAME, Word, recovery_wor
 
 PAGE_SIZE: Final = 50
 _RUN_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_MINUTE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +27,35 @@ class RunFilter:
     Attributes:
         status: a word of `STATUS_BY_NAME`.
         label: `key=value`, or several of these with commas.
+        after, before: runs that were created at or after the first time, and before the second.
+            Minutes in UTC, for example `2026-11-30T09:05`.
     """
 
     status: str = ""
     engine: str = ""
     label: str = ""
+    after: str = ""
+    before: str = ""
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> RunFilter:
-        """Return the filter that the query of an address sets. An unknown status is ignored."""
+        """Return the filter that the query of an address sets.
+
+        An unknown status and what is not a time are ignored.
+        """
         status = query.get("status", "")
         return cls(
             status=status if status in STATUS_BY_NAME else "",
             engine=query.get("engine", "").strip(),
             label=query.get("label", "").strip(),
+            after=_minute(query.get("after", "")),
+            before=_minute(query.get("before", "")),
         )
 
     @property
     def is_empty(self) -> bool:
         """True if the filter lets every run through."""
-        return not (self.status or self.engine or self.label)
+        return self == RunFilter()
 
     def request(self, page_token: str) -> run_service_pb2.ListRunsRequest:
         """Return the request for a page of runs."""
@@ -52,6 +64,8 @@ class RunFilter:
                 statuses=[_status(self.status)] if self.status else [],
                 engine=self.engine,
                 labels=_labels(self.label),
+                created_after=_timestamp(self.after),
+                created_before=_timestamp(self.before),
             ),
             page_size=PAGE_SIZE,
             page_token=page_token,
@@ -60,7 +74,7 @@ class RunFilter:
 
     def address(self, **changed: str) -> str:
         """Return the address of the list with this filter, after a change of some fields."""
-        fields = {"status": self.status, "engine": self.engine, "label": self.label} | changed
+        fields = asdict(self) | changed
         query = urlencode({name: value for name, value in fields.items() if value})
         return f"/runs?{query}" if query else "/runs"
 
@@ -72,6 +86,25 @@ def _status(word: str) -> run_pb2.RunStatus.ValueType:
 def _labels(text: str) -> dict[str, str]:
     parts = (part.partition("=") for part in text.split(",") if part.strip())
     return {key.strip(): value.strip() for key, _, value in parts}
+
+
+def _minute(text: str) -> str:
+    """Return a text that names a minute; an empty text for any other."""
+    if not _MINUTE.fullmatch(text):
+        return ""
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return ""
+    return text
+
+
+def _timestamp(minute: str) -> Timestamp | None:
+    if not minute:
+        return None
+    at = Timestamp()
+    at.FromDatetime(datetime.fromisoformat(minute))
+    return at
 
 
 def is_run_id(text: str) -> bool:

@@ -47,6 +47,23 @@ function showTimes(root) {
   }
 }
 
+// The address of a list has its times in UTC. With this script a person sees and writes them in their
+// zone.
+const utcOf = (local) => (local ? new Date(local).toISOString().slice(0, 16) : "");
+
+function localOf(utc) {
+  const date = new Date(`${utc}Z`);
+  return new Date(date - date.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
+}
+
+function showTimeFields() {
+  for (const zone of document.querySelectorAll("[data-zone]")) zone.textContent = "your time";
+  for (const field of document.querySelectorAll("[data-utc]")) {
+    if (field.defaultValue) field.value = localOf(field.defaultValue);
+    field.form.addEventListener("formdata", ({ formData }) => formData.set(field.name, utcOf(field.value)));
+  }
+}
+
 // -- parts of the page -----------------------------------------------------------------------
 
 function remember(root) {
@@ -251,6 +268,7 @@ document.addEventListener("submit", (event) => {
 
 remember(document);
 showTimes(document);
+showTimeFields();
 setInterval(() => showTimes(document), 15_000);
 const output = document.querySelector("[data-follow]");
 if (output) output.scrollTop = output.scrollHeight;
