@@ -22,7 +22,7 @@ from runrecovery_service.domain.plan import (
     sum_decisions,
 )
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
-from runrecovery_service.domain.run import Page
+from runrecovery_service.domain.run import Page, RunStatus
 from runrecovery_service.domain.session_check import SessionFinding
 from runrecovery_service.recovery.bulk_session_check import SESSIONS_PER_CHECK, BulkSessionCheck
 from runrecovery_service.recovery.find_end import FindEnd, find_no_end
@@ -100,19 +100,31 @@ class Planner:
                 db, self._scope, after=after[0] if after else 0, limit=limit + 1, now=now
             )
             page = runs[:limit]
-            span = {"first": page[0].run_key, "last": page[-1].run_key} if after and page else {}
+            totals = None if after else self._read_totals(db, now)
             return Rows(
                 page=page,
-                turns=found_ends.open_turns(db, self._scope, **span),
+                turns=self._open_turns(db, page if totals is None else totals.running),
                 after=(runs[limit - 1].run_key,) if len(runs) > limit else None,
-                totals=None if after else self._read_totals(db, now),
+                totals=totals,
             )
 
+    def _open_turns(self, db: Database, runs: Sequence[PreviewedRun]) -> list[OpenTurn]:
+        """Return the open turns from the first to the last of these runs."""
+        keys = [run.run_key for run in runs]
+        if not keys:
+            return []
+        return found_ends.open_turns(db, self._scope, first=min(keys), last=max(keys))
+
     def _read_totals(self, db: Database, now: datetime) -> _Totals:
+        situations = recovery_preview.sum_situations(db, self._scope, now=now)
+        # To find the running runs, the database reads the row of every unfinished run.
+        is_any_running = any(run.status is RunStatus.RUNNING for run, _ in situations)
         return _Totals(
-            situations=recovery_preview.sum_situations(db, self._scope, now=now),
+            situations=situations,
             sessions={engine: self._sessions(db, engine, now) for engine in self.sessions.checks},
-            running=recovery_preview.preview_running(db, self._scope, now=now),
+            running=recovery_preview.preview_running(db, self._scope, now=now)
+            if is_any_running
+            else (),
             launches=len(
                 launch_records.unclosed_launches(db, self.owner, before=self._scope.before)
             ),

@@ -105,10 +105,11 @@ def sum_situations(
     db: Database, scope: RecoveryScope, *, now: datetime
 ) -> list[tuple[Situation, Work]]:
     """Return each situation of the runs in scope, with the number and the work of its runs."""
+    # Otherwise SQLite sorts the columns that the facts are made of, with input and output.
     rows = db.fetch_all(
-        "SELECT status, profile, facts, damaged, standing, count(*), sum(tokens), sum(running_us)"
-        f" FROM (SELECT {_situation_sql(db.dialect)}, {_WORK}{_RUNS_IN_SCOPE}) AS s"
-        " GROUP BY status, profile, facts, damaged, standing",
+        f"WITH s AS MATERIALIZED (SELECT {_situation_sql(db.dialect)}, {_WORK}{_RUNS_IN_SCOPE})"
+        " SELECT status, profile, facts, damaged, standing, count(*), sum(tokens), sum(running_us)"
+        " FROM s GROUP BY status, profile, facts, damaged, standing",
         (to_us(now), *scope.params),
     )
     return [(_situation(*columns[:5]), _work(*columns[5:])) for columns in rows]
