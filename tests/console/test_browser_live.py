@@ -11,8 +11,9 @@ from support.api import Api
 from support.browser import free_port
 from support.console_api import first_answer
 from support.http_api import http_address
+from support.processes import kill_below
 from support.service import Home, ServiceProcess
-from support.waiting import patience_s
+from support.waiting import patience_s, until
 
 QUESTION = {"kind": "open_text", "prompt": "Shall I go on?"}
 
@@ -162,6 +163,37 @@ def test_a_page_comes_back_by_itself_after_the_service_was_killed(
         page.get_by_role("button", name="Send answer").click()
         expect(page.get_by_text("Your answer is recorded.")).to_be_visible()
     assert first_answer(api, "survivor") == "kept over the kill"
+
+
+def test_a_page_says_that_the_service_recovers_and_comes_by_itself_after(
+    browser: Browser, mortal: Home
+) -> None:
+    service, api = mortal.start()
+    ask(api, "patient")
+    orphan = api.create("resumable", {"hold": True, "ignore_sigterm": True}).run_id
+    until(lambda: b"worked" in b"".join(one.data for one in api.output(orphan)), "it is at work")
+    mortal.kill_with_shims(service)
+    mortal.write_config(orphan_grace_s=300.0, orphan_deadline_s=600.0)
+    service = mortal.listen()
+    service.until_event("recovery.started")
+    with browser.new_context(base_url=f"http://{http_address(service)}") as context:
+        page = watched(context.new_page())
+
+        response = page.goto("/runs/patient")
+
+        assert response is not None
+        assert response.status == 503
+        assert '<noscript><meta http-equiv="refresh" content="3"></noscript>' in response.text()
+        expect(page.get_by_role("heading", name="The service is not ready")).to_be_visible()
+        expect(page.get_by_text("RECONCILIATION_IN_PROGRESS")).to_be_visible()
+        restarts = context.new_page()
+        restarts.goto("/restarts")
+        expect(restarts.get_by_text("recovering", exact=True)).to_be_visible()
+
+        assert kill_below(mortal.data / "runs")
+
+        expect(page.get_by_role("heading", name="The run waits for your answer")).to_be_visible()
+        expect(restarts.get_by_text("serving", exact=True)).to_be_visible()
 
 
 def test_a_form_is_not_sent_while_the_service_is_away(browser: Browser, mortal: Home) -> None:

@@ -35,6 +35,7 @@ sys.stderr.flush()
 fields = [hostile, {"label": hostile[:100], "value": "key"}]
 print(json.dumps({"type": "ask", "kind": "fill_fields", "prompt": hostile, "options": fields}))
 """
+NOBODY: Final = f"/runs/{'w' * 64}"
 PAGES: Final = ("/", "/runs", "/runs/hostile", "/runs/ended", "/restarts", "/plan", "/instances")
 
 
@@ -112,7 +113,7 @@ def test_five_megabytes_of_output_are_shown_from_their_end(context: BrowserConte
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("path", [*PAGES, "/restarts/latest", "/runs/nobody"])
+@pytest.mark.parametrize("path", [*PAGES, "/restarts/latest", NOBODY])
 def test_no_page_is_wider_than_its_window(context: BrowserContext, path: str, width: int) -> None:
     page = context.new_page()
     page.set_viewport_size({"width": width, "height": 844})

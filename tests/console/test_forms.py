@@ -1,11 +1,12 @@
-"""The forms of questions as the templates draw them."""
+"""Forms of questions, and parts of pages that can be empty, as the templates draw them."""
 
 from __future__ import annotations
 
 import re
 
 from google.protobuf.json_format import ParseDict
-from runrecovery.v1 import run_pb2
+from runrecovery.v1 import recovery_service_pb2, run_pb2
+from runrecovery_service.console.plan_view import plan_view
 from runrecovery_service.console.rendering import Renderer
 from runrecovery_service.console.visitors import Visitor, form_token
 from runrecovery_service.console.waiting import waiting_questions
@@ -45,3 +46,24 @@ def test_enter_in_the_reason_of_a_permission_question_denies_the_call() -> None:
     assert buttons == [["allow"], ["deny"], ["allow-changed"]]
     assert fields == [[], ["reason"], ["input"]]
     assert [form.count('name="etag" value="the-etag"') for form in forms] == [1, 1, 1]
+
+
+def test_a_plan_without_a_new_decision_has_no_table_of_rules() -> None:
+    group = {"outcome": "PLANNED_OUTCOME_KEPT_WAITING", "runs": 3}
+    decided = {"rule": "resumable_waiting_preserved", "recovery_state": "RECOVERY_STATE_NONE"}
+    before = {"runs_total": 3, "runs_unchanged": 3, "groups": [group]}
+    after = {"runs_total": 3, "groups": [group], "decisions": [{**decided, "count": 3}]}
+
+    pages = [
+        Renderer().page(
+            "plan",
+            VISITOR,
+            plan=plan_view(ParseDict(plan, recovery_service_pb2.RecoveryPlan())),
+            rows=[],
+            now=None,
+            next="",
+        )
+        for plan in (before, after)
+    ]
+
+    assert ["By rule" in bytes(page.body).decode() for page in pages] == [False, True]

@@ -12,7 +12,7 @@ from runrecovery_service.console.moments import duration_text, moment_of
 from runrecovery_service.console.plan_view import plan_view
 from runrecovery_service.console.reports import report_view, service_view
 from runrecovery_service.console.run_list import RunFilter, row_of
-from runrecovery_service.console.run_view import run_view
+from runrecovery_service.console.run_view import decision_views, run_view
 
 NOW = datetime(2026, 11, 30, 10, tzinfo=UTC)
 
@@ -210,6 +210,16 @@ def test_a_quarantined_run_is_shown_as_such() -> None:
 
     assert row_of(run).status.text == "quarantined"
     assert not run_view(run, NOW).can_cancel
+
+
+def test_a_page_shows_the_latest_20_decisions() -> None:
+    explanations = [
+        recovery_service_pb2.RecoveryExplanation(because=f"reason {number}") for number in range(21)
+    ]
+
+    shown = decision_views(explanations)
+
+    assert [each.because for each in shown] == [f"reason {number}" for number in range(20)]
 
 
 @pytest.mark.parametrize(("until", "can"), [("10:00:01", True), ("09:59:59", False)])

@@ -17,7 +17,12 @@ from runrecovery_service.console.output import CHANNELS, output_view
 from runrecovery_service.console.questions import Draft, question_of
 from runrecovery_service.console.rendering import NOTICES, Renderer
 from runrecovery_service.console.run_list import RunFilter, is_run_id, row_of
-from runrecovery_service.console.run_view import answered_questions, decision_views, run_view
+from runrecovery_service.console.run_view import (
+    MAX_DECISIONS,
+    answered_questions,
+    decision_views,
+    run_view,
+)
 from runrecovery_service.console.timeline import timeline_of
 from runrecovery_service.console.visitors import Visitor, Visitors
 from runrecovery_service.console.waiting import (
@@ -232,6 +237,7 @@ class RunPages:
             timeline=timeline_of(seen.events, now, is_cut=seen.is_cut),
             answered=answered_questions(questions, seen.run.pending_interaction.interaction_id),
             decisions=decision_views(explained.explanations),
+            are_decisions_cut=len(explained.explanations) > MAX_DECISIONS,
             output=output,
             follow=follow,
             problem=problem,

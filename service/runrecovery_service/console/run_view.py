@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from runrecovery.v1 import recovery_service_pb2, run_pb2
 
@@ -20,6 +21,8 @@ from runrecovery_service.console.words import (
     status_word,
 )
 
+MAX_DECISIONS: Final = 20
+"""Decisions of restarts about a run that its page shows: the latest ones."""
 _ENDED = {run_pb2.RUN_STATUS_SUCCEEDED, run_pb2.RUN_STATUS_FAILED, run_pb2.RUN_STATUS_CANCELED}
 
 
@@ -217,8 +220,8 @@ class ProcessView:
 def decision_views(
     explanations: Sequence[recovery_service_pb2.RecoveryExplanation],
 ) -> tuple[DecisionView, ...]:
-    """Return the decisions about a run, newest first."""
-    return tuple(_decision(each) for each in explanations)
+    """Return the latest decisions about a run, newest first, `MAX_DECISIONS` at most."""
+    return tuple(_decision(each) for each in explanations[:MAX_DECISIONS])
 
 
 def _decision(explained: recovery_service_pb2.RecoveryExplanation) -> DecisionView:
