@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from runrecovery_service.console.live import MAX_STREAMS_OF_CALLER
 from runrecovery_service.console.visitors import form_token
 from support.api import Api
 from support.callers import caller, digest_of, token_of
@@ -56,6 +58,43 @@ def test_a_wrong_token_is_refused_and_logged_without_the_token(guarded: ServiceP
     assert b"No caller has this token." in refused.body
     guarded.until_event("rpc.call_refused")
     assert "f" * 64 not in guarded.text
+
+
+def test_a_wrong_token_in_a_cookie_is_logged_as_that_of_a_call(tmp_path: Path) -> None:
+    callers = [caller("boss", "operator")]
+    with Home(tmp_path, http_listen="127.0.0.1:0", callers=callers, token=token_of("boss")) as home:
+        service, _ = home.start()
+        visit = ConsoleVisit(http_address(service))
+        visit.cookies["runrecovery-token"] = "f" * 64
+
+        for path in ("/", "/nothing", "/live/waiting", "/static/nothing"):
+            visit.get(path)
+        service.stop()
+
+        # A refused call is paced where it is logged.
+        assert sum(event["calls"] for event in service.events("rpc.call_refused")) == 4
+        assert "f" * 64 not in service.text
+
+
+def test_a_caller_cannot_take_the_streams_of_all_others(guarded: ServiceProcess) -> None:
+    creator, viewer = logged_in(guarded, "creator"), logged_in(guarded, "viewer")
+    with ExitStack() as open_pages:
+        for _ in range(MAX_STREAMS_OF_CALLER):
+            response = open_pages.enter_context(creator.opened("/live/waiting"))
+            assert response.status == 200
+            response.readline()  # the stream has begun
+
+        assert creator.get("/live/waiting").status == 503
+        with viewer.opened("/live/waiting") as response:
+            assert response.status == 200
+
+
+def test_a_verb_that_a_page_does_not_accept_is_refused_with_those_that_it_does(
+    guarded: ServiceProcess,
+) -> None:
+    refused = logged_in(guarded, "viewer").post("/runs", {})
+
+    assert (refused.status, sorted(refused.headers["allow"].split(", "))) == (405, ["GET", "HEAD"])
 
 
 def test_the_cookie_is_for_this_site_alone_and_not_for_scripts(guarded: ServiceProcess) -> None:

@@ -131,6 +131,21 @@ def test_a_form_means_the_response_that_the_question_asks_for(
         ),
         (
             asked("RISK_ACK", **CALL),
+            {"choice": "allow-changed", "input": '{"half": "\\ud83d"}'},
+            "The changed input is not valid JSON.",
+        ),
+        (
+            asked("RISK_ACK", **CALL),
+            {"choice": "allow-changed", "input": '{"n": 1' + "0" * 400 + "}"},
+            "The changed input is not valid JSON.",
+        ),
+        (
+            asked("FILL_FIELDS", *map(str, range(201))),
+            {f"field-{number}": "x" for number in range(201)},
+            "The question has more fields than a page can. Use SubmitReply.",
+        ),
+        (
+            asked("RISK_ACK", **CALL),
             {"choice": "allow-changed", "input": "[]"},
             "The changed input must be a JSON object, like { … }.",
         ),

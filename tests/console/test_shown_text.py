@@ -7,7 +7,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runrecovery_service.console.shown_text import shown, shown_line
+from runrecovery_service.console.shown_text import MAX_NAMED, is_shown_whole, shown, shown_line
 
 
 def test_markup_of_an_agent_is_text() -> None:
@@ -81,3 +81,19 @@ def test_no_text_becomes_an_element_of_its_own(text: str) -> None:
 
     rest = re.sub(r'<span class="ctl">U\+[0-9A-F]+</span>', "", html)
     assert not set(rest) & set("<>\"'\x00\r\n\x1b\u202e\u2066")
+
+
+def test_equal_invisible_characters_in_a_row_are_named_once_with_their_number() -> None:
+    assert shown("a" + "\0" * 4096 + "b") == 'a<span class="ctl">U+0000 &times;4096</span>b'
+
+
+def test_a_text_with_very_many_invisible_characters_ends_early() -> None:
+    text = "\x7f\x80" * 500_000
+
+    html = shown(text)
+
+    assert html.count("U+00") == MAX_NAMED
+    assert html.endswith("U+0080</span>…")
+    assert not is_shown_whole(text, len(text))
+    assert is_shown_whole(text[:100], 100)
+    assert not is_shown_whole(text[:101], 100)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from http.client import HTTPResponse
 from http.cookies import SimpleCookie
 from typing import Final
 from urllib.parse import urlencode
@@ -44,6 +46,10 @@ class ConsoleVisit:
         }
         return self._send("POST", path, urlencode(fields), given)
 
+    def opened(self, path: str) -> AbstractContextManager[HTTPResponse]:
+        """Open a page, and return the response while it arrives."""
+        return self._api.opened("GET", path, headers=self._cookie_header())
+
     def log_in(self, token: str) -> Reply:
         """Log in with a token."""
         return self.post("/login", {"token": token, "next": "/"})
@@ -60,9 +66,11 @@ class ConsoleVisit:
 
     def _send(self, verb: str, path: str, body: str | None, headers: Mapping[str, str]) -> Reply:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
-        if self.cookies:
-            given["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
-        reply = self._api.request(verb, path, body, given)
+        reply = self._api.request(verb, path, body, {**given, **self._cookie_header()})
         for name, morsel in SimpleCookie(reply.headers.get("set-cookie", "")).items():
             self.cookies[name] = morsel.value
         return reply
+
+    def _cookie_header(self) -> dict[str, str]:
+        pairs = [f"{name}={value}" for name, value in self.cookies.items()]
+        return {"Cookie": "; ".join(pairs)} if pairs else {}

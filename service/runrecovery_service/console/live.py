@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, suppress
 from typing import Final
@@ -38,6 +39,8 @@ from runrecovery_service.rpc.gate import Gate
 BEAT_S: Final = 10.0
 """A stream sends something at least this often, so that the page knows that it works."""
 MAX_STREAMS: Final = 1000
+MAX_STREAMS_OF_CALLER: Final = 100
+"""Its streams share their calls of the contract, so `max_calls` does not bound them."""
 
 
 def service_version(status: GetRecoveryStatusResponse) -> str:
@@ -67,7 +70,7 @@ class Live:
         self._site = site
         self._gate = gate
         self._feeds = Feeds()
-        self._streams = 0
+        self._streams: Counter[str] = Counter()
 
     async def waiting(self, request: Request) -> Response:
         """Follow the questions that wait."""
@@ -114,13 +117,17 @@ class Live:
     async def _follow(
         self, request: Request, topic: str, watch: Versions, output_of: str = ""
     ) -> Response:
-        visitor = self._site.visitors.visitor_of(request)
+        visitor = await self._site.visitor_of(request)
         if visitor is None:
             return PlainTextResponse("log in first", 401)
-        if self._streams >= MAX_STREAMS:
+        if self._is_full(visitor):
             return PlainTextResponse("too many pages are open", 503)
         events = self._events(request, visitor, topic, watch, output_of)
         return StreamingResponse(events, media_type="text/event-stream")
+
+    def _is_full(self, visitor: Visitor) -> bool:
+        of_caller = self._streams[visitor.name] if visitor.name else 0
+        return of_caller >= MAX_STREAMS_OF_CALLER or self._streams.total() >= MAX_STREAMS
 
     async def _events(
         self, request: Request, visitor: Visitor, topic: str, watch: Versions, output_of: str
@@ -141,13 +148,13 @@ class Live:
                 contract, output_of, query["channel"], attempt=min(attempt, 2**31 - 1), start=offset
             )
             tasks.append(asyncio.create_task(_put_output(queue, pieces)))
-        self._streams += 1
+        self._streams[visitor.name] += 1
         try:
             yield "retry: 1000\n\n"
             while event := await queue.get():
                 yield event
         finally:
-            self._streams -= 1
+            self._streams[visitor.name] -= 1
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 from runrecovery_service.console.contract import Contract, reason_of
 from runrecovery_service.console.output import CHANNELS, output_view
 from runrecovery_service.console.questions import Draft, question_of
-from runrecovery_service.console.rendering import NOTICES, Renderer
+from runrecovery_service.console.rendering import NOTICES, WHOLE_CHARS, Renderer
 from runrecovery_service.console.run_list import RunFilter, is_run_id, row_of
 from runrecovery_service.console.run_view import (
     MAX_DECISIONS,
@@ -33,8 +33,6 @@ from runrecovery_service.console.waiting import (
 from runrecovery_service.console.words import STATUS_BY_NAME
 from runrecovery_service.http.calls import CallFailed, ContractCalls
 
-WHOLE_CHARS: Final = 2_000_000
-"""The most characters of one text when the person asks to see all of it."""
 SHORT_CHARS: Final = 8_000
 """Characters of one text on a page."""
 MAX_OFFSET: Final = 2**62
@@ -55,8 +53,15 @@ class Site:
         """Return the calls that a visitor may make."""
         return Contract(self._calls, visitor.origin)
 
+    async def visitor_of(self, request: Request) -> Visitor | None:
+        """Return the visitor; None for one who must log in first."""
+        visitor = self.visitors.visitor_of(request)
+        if visitor is None and (token := self.visitors.token_in(request)):
+            await self.record_wrong_token(request, token)
+        return visitor
+
     async def record_wrong_token(self, request: Request, token: str) -> None:
-        """Log a failed login, as the guard of the contract logs a call with a wrong token."""
+        """Log a wrong token as that of a call, and return late if there are many of them."""
         contract = Contract(self._calls, self.visitors.origin_of(request, token or "none"))
         with suppress(CallFailed):
             await contract.status()
@@ -65,7 +70,7 @@ class Site:
         """Return the endpoint of a page: visitors log in first, and failures become pages."""
 
         async def endpoint(request: Request) -> Response:
-            visitor = self.visitors.visitor_of(request)
+            visitor = await self.visitor_of(request)
             if visitor is None:
                 return self._login_first(request)
             try:

@@ -18,11 +18,13 @@ from runrecovery.v1 import run_pb2
 from runrecovery_service.console.moments import Moment, moment
 from runrecovery_service.console.words import KINDS
 from runrecovery_service.domain.run import JsonObject, JsonValue
-from runrecovery_service.rpc.json_values import InvalidJson, read_struct, read_value
+from runrecovery_service.rpc.json_values import InvalidJson, read_struct, read_value, write_value
 
 MAX_BUTTONS: Final = 6
 MAX_BUTTON_CHARS: Final = 40
 """Beyond these limits, options are a list to choose from, and not buttons."""
+MAX_OPTIONS: Final = 200
+"""Options on a page. A page with the 200,000 that an agent can offer would take seconds to make."""
 
 
 class FormKind(StrEnum):
@@ -64,6 +66,7 @@ class QuestionView:
         decides_at: the deadline; None: the question waits without a limit.
         decided_automatically: at the deadline the run continues without an answer. Otherwise it
             fails.
+        hidden_options: the number of options that the form leaves out.
     """
 
     run_id: str
@@ -79,6 +82,7 @@ class QuestionView:
     asked_at: Moment | None
     decides_at: Moment | None
     decided_automatically: bool
+    hidden_options: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,7 @@ def question_of(run: run_pb2.Run) -> QuestionView | None:
         asked_at=moment(pending.asked_at),
         decides_at=moment(pending.wait_deadline_at),
         decided_automatically=not run.interactive_profile.require_user_reply,
+        hidden_options=max(0, len(pending.options) - MAX_OPTIONS),
     )
 
 
@@ -139,8 +144,11 @@ def form_of(pending: run_pb2.PendingInteraction) -> FormKind:
 
 
 def options_of(pending: run_pb2.PendingInteraction) -> list[tuple[str, JsonValue]]:
-    """Return label and value of each option. A confirmation without options gets yes and no."""
-    options = [(option.label, _json(option.value)) for option in pending.options]
+    """Return label and value of each option, of `MAX_OPTIONS` at most.
+
+    A confirmation without options gets yes and no.
+    """
+    options = [(option.label, _json(option.value)) for option in pending.options[:MAX_OPTIONS]]
     if not options and pending.kind == run_pb2.INTERACTION_KIND_CONFIRM:
         return [("Yes", "yes"), ("No", "no")]
     return options
@@ -157,6 +165,8 @@ def answer_of(pending: run_pb2.PendingInteraction, given: Mapping[str, str]) -> 
             return _decision(given)
         case FormKind.RISK:
             return _risk(given)
+        case FormKind.FIELDS if len(pending.options) > MAX_OPTIONS:
+            raise AnswerProblem("The question has more fields than a page can. Use SubmitReply.")
         case FormKind.FIELDS:
             return _filled(options_of(pending), given)
         case FormKind.TEXT:
@@ -216,7 +226,8 @@ def _decision(given: Mapping[str, str]) -> JsonValue:
 def _object(text: str) -> JsonObject:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        write_value(Value(), value)  # no message holds half a surrogate pair, or 10 ** 400
+    except (ValueError, OverflowError, RecursionError):
         raise AnswerProblem("The changed input is not valid JSON.") from None
     if not isinstance(value, dict):
         raise AnswerProblem("The changed input must be a JSON object, like { … }.")

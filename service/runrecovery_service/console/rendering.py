@@ -10,13 +10,16 @@ from starlette.responses import HTMLResponse
 
 from runrecovery_service.console.bars import BAR_UNITS
 from runrecovery_service.console.questions import Draft
-from runrecovery_service.console.shown_text import shown, shown_line, shown_name
+from runrecovery_service.console.shown_text import is_shown_whole, shown, shown_line, shown_name
 from runrecovery_service.console.visitors import FORM_FIELD, Visitor
 from runrecovery_service.console.words import count
 
 _FOLDER: Final = Path(__file__).parent
 TEMPLATES: Final = _FOLDER / "templates"
 STATIC: Final = _FOLDER / "static"
+
+WHOLE_CHARS: Final = 2_000_000
+"""The most characters of one text when the person asks to see all of it."""
 
 # The texts that a page may show after a form: its address names one of them.
 NOTICES: Final = {
@@ -39,8 +42,12 @@ class Renderer:
             auto_reload=False,
         )
         self._templates.filters.update(shown=shown, line=shown_line, name=shown_name, count=count)
+        self._templates.tests.update(shown_whole=is_shown_whole)
         self._templates.globals.update(
-            bar_units=BAR_UNITS, form_field=FORM_FIELD, empty_draft=Draft()
+            bar_units=BAR_UNITS,
+            form_field=FORM_FIELD,
+            empty_draft=Draft(),
+            whole_chars=WHOLE_CHARS,
         )
 
     def page(

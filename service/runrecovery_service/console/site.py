@@ -63,9 +63,11 @@ def build_console(calls: ContractCalls, visitors: Visitors, gate: Gate) -> Appli
     ]
 
     async def on_http_error(request: Request, error: Exception) -> Response:
-        visitor = visitors.visitor_of(request)
+        visitor = await site.visitor_of(request)
         if isinstance(error, HTTPException) and error.status_code != 404:
-            return site.renderer.page("refused", visitor, error.status_code, text=error.detail)
+            page = site.renderer.page("refused", visitor, error.status_code, text=error.detail)
+            page.headers.update(error.headers or {})  # a 405 names the verbs that are allowed
+            return page
         return site.not_found(visitor)
 
     app = Starlette(routes=routes, exception_handlers={HTTPException: on_http_error})

@@ -75,7 +75,7 @@ class Visitors:
         """Return the visitor; None for one who must log in first."""
         if not self.needs_login:
             return self._anyone(request)
-        token = request.cookies.get(self._token_cookie, "")
+        token = self.token_in(request)
         caller = self.caller_of(token)
         if caller is None:
             return None
@@ -87,6 +87,10 @@ class Visitors:
             can_operate=caller.role >= Role.OPERATOR,
             form_token=form_token(token),
         )
+
+    def token_in(self, request: Request) -> str:
+        """Return the token in the cookie of a request; empty: it has none, or nobody needs one."""
+        return request.cookies.get(self._token_cookie, "") if self.needs_login else ""
 
     def caller_of(self, token: str) -> Caller | None:
         """Return the caller to whom a token belongs."""
