@@ -259,6 +259,6 @@ def pytest_asyncio_loop_factories(
     item: pytest.Item,
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """What the service does on its loop is tried on the loop that it has in production."""
-    if item.path.parent.name in {"execution", "webhooks"}:
+    if item.path.parent.name in {"execution", "over_http", "webhooks"}:
         return {"uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}

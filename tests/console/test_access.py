@@ -97,6 +97,16 @@ def test_a_verb_that_a_page_does_not_accept_is_refused_with_those_that_it_does(
     assert (refused.status, sorted(refused.headers["allow"].split(", "))) == (405, ["GET", "HEAD"])
 
 
+@pytest.mark.parametrize("path", ["/runs/", "/login/", "/static", "/static/nothing"])
+def test_an_address_that_is_almost_one_leads_nowhere_and_is_not_kept(
+    guarded: ServiceProcess, path: str
+) -> None:
+    reply = ConsoleVisit(http_address(guarded)).get(path)
+
+    assert (reply.status, reply.headers.get("location")) == (404, None)
+    assert reply.headers["cache-control"] == "no-store"
+
+
 def test_the_cookie_is_for_this_site_alone_and_not_for_scripts(guarded: ServiceProcess) -> None:
     visit = ConsoleVisit(http_address(guarded))
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 from runrecovery_service.http import connections
 from runrecovery_service.http.asgi import ClientGone, Receive, Response, Scope, Send, UntilGone
 from runrecovery_service.http.server import HttpLimits, HttpServer
-from support.waiting import until_async
+from support.waiting import patience_s, until_async
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -200,3 +201,20 @@ async def test_a_stop_ends_requests_that_take_longer_than_its_grace(app: App) ->
 
         assert await ended(reader) == b""
         assert app.left == 1
+
+
+# The loop loses a socket that it accepts in the turn in which the accepting task is cancelled. The
+# garbage collector closes it, and warns.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("turns", [5, 20, 40])
+async def test_a_stop_waits_for_no_connection_that_is_just_being_made(app: App, turns: int) -> None:
+    async with serving(app) as (server, port):
+        with ExitStack() as clients:
+            for _ in range(60):  # one is accepted in each turn of the event loop
+                client = socket.create_connection(("127.0.0.1", port))
+                clients.enter_context(client).sendall(GET + b"\r\n")
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+            async with asyncio.timeout(patience_s()):
+                await server.stop(grace_s=1000.0)

@@ -100,6 +100,15 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self.ended.set()
 
+    def cut(self) -> None:
+        """Record that the event loop has closed the socket, if the connection was made.
+
+        A loop whose `connect_accepted_socket` is cancelled does not call `connection_lost`. Without
+        it a stop would wait for the connection, and its place would never be free again.
+        """
+        if self.was_made and not self.ended.is_set():
+            self.connection_lost(None)
+
     def data_received(self, data: bytes) -> None:
         """Read a part of a request."""
         # In pieces: the limit of a head is checked between them, and its parser takes long.

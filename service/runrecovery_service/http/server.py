@@ -152,12 +152,16 @@ class HttpServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
                 context = await self._tls.context()
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: connection,
-                sock,
-                ssl=context,
-                ssl_handshake_timeout=None if context is None else HANDSHAKE_S,
-            )
+            try:
+                await asyncio.get_running_loop().connect_accepted_socket(
+                    lambda: connection,
+                    sock,
+                    ssl=context,
+                    ssl_handshake_timeout=None if context is None else HANDSHAKE_S,
+                )
+            except asyncio.CancelledError:
+                connection.cut()
+                raise
 
     def _end_connecting(
         self, sock: socket.socket, connection: Connection, task: asyncio.Task[None]
