@@ -171,8 +171,8 @@ mutants: $(READY) ## Seed bugs, PART=1/1 of tests/mutants/seeded_bugs.py: the te
 
 fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mutants of it
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)
-	@printf '%s\n' unknown writes path handle labels pages verbose roles hoard | xargs -P 2 -I MUTANT \
-		$(BIN)/python tests/fuzz/hostile.py --mutate MUTANT --seed 1 --cases $(MUTANT_CASES)
+	@printf '%s\n' unknown writes path handle labels pages verbose roles hoard | xargs -P 2 -I MUTANT sh -c \
+		'for seed in 1 2 3; do $(BIN)/python tests/fuzz/hostile.py --mutate MUTANT --seed $$seed --cases $(MUTANT_CASES) && exit; done; exit 1'
 
 soak: $(READY) ## 20,000 runs of 3 years under retention: rows, disk and memory must stay flat
 	@$(BIN)/python bench/soak.py --runs 20000 --years 3
