@@ -84,7 +84,8 @@ def test_a_caller_cannot_take_the_streams_of_all_others(guarded: ServiceProcess)
             assert response.status == 200
             response.readline()  # the stream has begun
 
-        assert creator.get("/live/waiting").status == 503
+        with creator.opened("/live/waiting") as response:
+            assert response.status == 503
         with viewer.opened("/live/waiting") as response:
             assert response.status == 200
 
