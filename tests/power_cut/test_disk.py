@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
+import pytest
 from power_cut.disk import Disk
 from power_cut.trace import Call, read_calls
 
@@ -118,3 +119,11 @@ def test_interrupted_lines_of_strace_are_put_together(tmp_path: Path) -> None:
     assert [(each.name, each.begun_after) for each in calls] == [("pwrite64", 0), ("fsync", 0)]
     assert calls[0].strings() == [b"ab"]
     assert calls[0].numbers() == [2, 5]
+
+
+def test_a_call_that_strace_could_not_read_is_not_left_out(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    trace.write_text("7  1.000000 mkdir(0x7f66013d8dd0, 0700) = 0 <0.000010>\n")
+
+    with pytest.raises(PermissionError, match="run it as root"):
+        read_calls([trace], below=Path("/r"))

@@ -26,6 +26,8 @@ _CALL: Final = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+|\?)(.*?)(?: <(\d+\.\d+)>)?"
 _NO_CALL: Final = ("+++", "---")
 _RESUMED: Final = re.compile(r"<\.\.\. (\w+) resumed>(.*)")
 _UNFINISHED: Final = " <unfinished ...>"
+_ADDRESS: Final = re.compile(r"[(,] ?0x[0-9a-f]{6,}")
+"""What strace prints instead of a text that it cannot read."""
 _OPEN: Final = re.compile(r"open(at)?\(")
 _CHANGES: Final = re.compile(r"\bO_(CREAT|TRUNC)\b")
 _STRING: Final = re.compile(r'"((?:\\x[0-9a-f]{2})*)"(\.\.\.)?')
@@ -94,6 +96,8 @@ def _ended(trace: Path, part: str) -> Iterator[tuple[float, Call]]:
         if resumed := _RESUMED.match(line):
             begun_s, beginning = unfinished.pop(pid)
             text = beginning + resumed[2]
+        if _ADDRESS.search(text):
+            raise PermissionError("strace cannot read the memory of the service: run it as root")
         if part not in text or (_OPEN.match(text) and not _CHANGES.search(text)):
             continue
         found = _CALL.fullmatch(text)
