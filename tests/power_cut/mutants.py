@@ -15,10 +15,10 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class SyncMutant:
-    """A change of the service, and the kind of violation that it must cause."""
+    """A change of the service, and the kinds of violation of which it must cause one."""
 
     apply: Callable[[], None]
-    kind: str
+    kinds: frozenset[str]
 
 
 def _commits_not_synced() -> None:
@@ -34,8 +34,8 @@ def _never_synced() -> None:
 
 
 MUTANTS: Final[Mapping[str, SyncMutant]] = {
-    "commits-not-synced": SyncMutant(_commits_not_synced, "lost"),
-    "never-synced": SyncMutant(_never_synced, "damaged"),
+    "commits-not-synced": SyncMutant(_commits_not_synced, frozenset({"lost"})),
+    "never-synced": SyncMutant(_never_synced, frozenset({"damaged", "refused"})),
 }
 
 

@@ -119,7 +119,7 @@ def main(cuts: int, starts: int, seed: int | None, mutate: str | None) -> None:
         f" {kinds['damaged']} files damaged, {kinds['refused']} starts refused"
     )
     if mutate is not None:
-        is_detected = MUTANTS[mutate].kind in kinds
+        is_detected = bool(MUTANTS[mutate].kinds & kinds.keys())
         click.echo(f"mutant {mutate}: {'detected' if is_detected else 'NOT DETECTED'}")
         sys.exit(0 if is_detected else 1)
     sys.exit(1 if found else 0)
