@@ -77,25 +77,24 @@ def prepare(
     if read_proc(os.getpid()) is None:
         raise LaunchFailed("a launch needs /proc to record the new process")
     limits = limits or ResourceLimits()
+    order = wire.Order(
+        deadline_ns=deadline_ns,
+        watermark=markers.watermark or 0,
+        program=find_program(command, cwd=cwd, path=env.get("PATH", os.defpath)),
+        argv=list(command),
+        env=dict(env),
+        cwd=str(cwd),
+        confinement=_confinement(limits, cgroup_procs),
+        rest="" if rest is None else str(rest.path),
+    )
     try:
-        order = wire.pack(
-            wire.Order(
-                deadline_ns=deadline_ns,
-                watermark=markers.watermark or 0,
-                program=find_program(command, cwd=cwd, path=env.get("PATH", os.defpath)),
-                argv=list(command),
-                env=dict(env),
-                cwd=str(cwd),
-                confinement=_confinement(limits, cgroup_procs),
-                rest="" if rest is None else str(rest.path),
-            )
-        )
+        packed = wire.pack(order)
     except ValueError as error:  # a NUL in a word
         raise LaunchFailed(f"{command[0]}: {error}") from error
     kept_bytes = 0 if rest is None else rest.kept_bytes
     process = _spawn(markers, journal, kept_bytes, limits.stdout_pipe_bytes)
     try:
-        process.send_order(order)
+        process.send_order(packed)
         event = process.next_event()
     except LaunchFailed:
         _abandon(process)
