@@ -35,6 +35,20 @@ class Pair:
         return certificate, key
 
 
+# Clients of Python 3.13 demand of a certificate what RFC 5280 does.
+_SIGNS_CERTIFICATES: Final = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
 class Authority:
     """Signs certificates. `certificate` is its own, in PEM."""
 
@@ -43,7 +57,13 @@ class Authority:
         self._name = _named(name)
         builder = _builder(self._name, self._name, self._key, DAY * -1, DAY * 1)
         constraint = x509.BasicConstraints(ca=True, path_length=None)
-        signed = builder.add_extension(constraint, critical=True).sign(self._key, hashes.SHA256())
+        identifier = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
+        signed = (
+            builder.add_extension(constraint, critical=True)
+            .add_extension(_SIGNS_CERTIFICATES, critical=True)
+            .add_extension(identifier, critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
         self.certificate = signed.public_bytes(serialization.Encoding.PEM)
 
     def issue(
@@ -61,10 +81,12 @@ class Authority:
             key: None: a new one of the curve P-256.
         """
         key = key or ec.generate_private_key(ec.SECP256R1())
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         builder = _builder(_named(common_name), self._name, key, begins, ends)
+        builder = builder.add_extension(issuer, critical=False)
         if names:
             alternative = x509.SubjectAlternativeName([_general_name(name) for name in names])
-            builder = builder.add_extension(alternative, critical=False)
+            builder = builder.add_extension(alternative, critical=not common_name)
         return _pair(builder.sign(self._key, hashes.SHA256()), key)
 
     def write(self, folder: Path, name: str = "ca") -> Path:
