@@ -31,7 +31,7 @@ ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
-	campaign-power-cuts campaign-processes campaign-replicas fuzz mutants interpreters test-agents
+	campaign-power-cuts campaign-processes campaign-replicas explore fuzz mutants interpreters test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -173,6 +173,9 @@ fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mut
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)
 	@printf '%s\n' unknown writes path handle labels pages verbose roles hoard | xargs -P 2 -I MUTANT sh -c \
 		'for seed in 1 2 3; do $(BIN)/python tests/fuzz/hostile.py --mutate MUTANT --seed $$seed --cases $(MUTANT_CASES) && exit; done; exit 1'
+
+explore: $(READY) ## Try 1,000 new random examples of each property (make test: the same 50 each time)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m hypothesis --hypothesis-profile=explore --timeout=900 $(ARGS)
 
 soak: $(READY) ## 20,000 runs of 3 years under retention: rows, disk and memory must stay flat
 	@$(BIN)/python bench/soak.py --runs 20000 --years 3

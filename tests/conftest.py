@@ -48,13 +48,20 @@ _TEMPLATE: Final = f"{_WORKER}_migrated"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The time of an example depends on the load of the machine, so no test fails because of it. Each
-# session tries other examples.
+# The time of an example depends on the load of the machine, so no test fails because of it.
 hypothesis.settings.register_profile(
     "any load",
     deadline=None,
     max_examples=50,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    # A change is judged by the same examples each time. `make explore` tries other ones.
+    derandomize=True,
+)
+hypothesis.settings.register_profile(
+    "explore",
+    hypothesis.settings.get_profile("any load"),
+    max_examples=1000,
+    derandomize=False,
 )
 hypothesis.settings.load_profile("any load")
 

@@ -328,6 +328,7 @@ class Service(RuleBasedStateMachine):
         return runs.get(self.store.db, run_id)
 
 
+@pytest.mark.hypothesis
 def test_calls_turns_and_restarts_in_any_order_lead_where_the_model_says(
     tmp_path: Path,
 ) -> None:
