@@ -18,17 +18,13 @@ from runrecovery_service.data_dir_store import demand_own_store
 from runrecovery_service.domain.reconciliation import Containment
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.extras import demand_packages
+from runrecovery_service.lease_renewal import LeaseRenewal
 from runrecovery_service.lifecycle import Service, store_kept
 from runrecovery_service.listeners import Listeners
 from runrecovery_service.locks import ServiceLocks, runs_dir
 from runrecovery_service.lost_commits import losses_noted
 from runrecovery_service.machine_limits import plan_open_files
-from runrecovery_service.ownership import (
-    LeaseRenewal,
-    Ownership,
-    StatementTrials,
-    StorageHealthReporter,
-)
+from runrecovery_service.ownership import Ownership
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
@@ -59,6 +55,7 @@ from runrecovery_service.storage.instances import Renewal
 from runrecovery_service.storage.newer_words import demand_known_words
 from runrecovery_service.storage.opening import open_database, open_direct
 from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage_health import StatementTrials, StorageHealthReporter
 from runrecovery_service.systemd import SystemdNotifier
 
 if TYPE_CHECKING:

@@ -65,7 +65,7 @@ def take_again_in_drain() -> None:
 
 def trust_from_the_answer() -> None:
     """Trust the lease from the answer to its renewal, and not from the renewal's start."""
-    from runrecovery_service.ownership import LeaseRenewal
+    from runrecovery_service.lease_renewal import LeaseRenewal
     from runrecovery_service.process.boot_clock import boot_time_ns
 
     note_renewed = LeaseRenewal._note_renewed

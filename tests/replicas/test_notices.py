@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from runrecovery_service.ownership import notice_loops
+from runrecovery_service.peer_changes import notice_loops
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import peer_notices
 from runrecovery_service.storage.async_storage import Storage
@@ -83,7 +83,7 @@ async def test_many_hints_of_one_moment_all_arrive(postgresql_url: str, tmp_path
 async def test_a_lost_connection_is_replaced_and_what_it_has_missed_counts_as_in_doubt(
     postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runrecovery_service.ownership.LISTEN_AGAIN_S", 0.05)
+    monkeypatch.setattr("runrecovery_service.peer_changes.LISTEN_AGAIN_S", 0.05)
     async with listening(postgresql_url, tmp_path, "owner") as owner:
         await owner.storage.read(
             lambda db: db.fetch_all(

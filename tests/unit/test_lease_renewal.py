@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from runrecovery_service.ownership import LeaseRenewal
+from runrecovery_service.lease_renewal import LeaseRenewal
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.instances import Owner
@@ -98,7 +98,9 @@ async def test_trees_live_by_the_start_of_a_renewal_and_not_by_its_answer(
 ) -> None:
     """The database counts the lease from a moment between the two."""
     seconds = [100]
-    monkeypatch.setattr("runrecovery_service.ownership.boot_time_ns", lambda: seconds[0] * 10**9)
+    monkeypatch.setattr(
+        "runrecovery_service.lease_renewal.boot_time_ns", lambda: seconds[0] * 10**9
+    )
     heartbeats: list[int] = []
 
     async def renew(*_: object, **__: object) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
-from runrecovery_service import ownership
+from runrecovery_service import peer_changes
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable
 from runrecovery_service.stop_signal import StopSignal
 from support.waiting import until_async
@@ -30,13 +30,13 @@ class Polled:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "SHARED_POLL_S", 0.0)
+    monkeypatch.setattr(peer_changes, "SHARED_POLL_S", 0.0)
 
 
 async def test_an_outage_is_logged_once_until_a_poll_succeeds() -> None:
     away = StorageUnavailable()
     storage: Any = Polled(away, away, away, None, away, away, None)
-    poll = ownership.shared_poll(storage, StopSignal())
+    poll = peer_changes.shared_poll(storage, StopSignal())
 
     async def is_over() -> bool:
         return bool(storage.polls > 7)
@@ -52,7 +52,7 @@ async def test_an_outage_is_logged_once_until_a_poll_succeeds() -> None:
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), Fenced("the lease")])
 async def test_an_error_that_is_no_outage_stops_the_service(error: Exception) -> None:
     stop, storage = StopSignal(), Polled(error)
-    task = ownership.shared_poll(storage, stop).start()  # type: ignore[arg-type]
+    task = peer_changes.shared_poll(storage, stop).start()  # type: ignore[arg-type]
     task.add_done_callback(stop.task_ended)
 
     async def is_stopped() -> bool:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from runrecovery_service import daemon_threads, ownership
+from runrecovery_service import daemon_threads, storage_health
 from runrecovery_service.domain.start_errors import DataDirRefused
 from runrecovery_service.stop_signal import StopSignal
 from structlog.testing import capture_logs
@@ -21,8 +21,8 @@ LOST = DataDirRefused("data directory /d", "/d/lock was removed or replaced")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check without pauses, and with a very short timeout."""
-    monkeypatch.setattr(ownership, "FILE_CHECK_S", 0.0)
-    monkeypatch.setattr(ownership, "FILE_CHECK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(storage_health, "FILE_CHECK_S", 0.0)
+    monkeypatch.setattr(storage_health, "FILE_CHECK_TIMEOUT_S", 0.01)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -43,7 +43,7 @@ async def test_a_file_system_that_hangs_stops_neither_the_loop_nor_the_service()
         raise LOST
 
     with capture_logs() as events:
-        watching = ownership.file_watch(demand, stop).start()
+        watching = storage_health.file_watch(demand, stop).start()
         await until(lambda: len(events) > 0)
         for _ in range(20):  # no other check begins, and no file counts as lost
             await asyncio.sleep(0)
@@ -64,7 +64,7 @@ async def test_a_check_that_fails_does_not_count_as_a_lost_file() -> None:
         raise answers.pop()
 
     with capture_logs() as events:
-        await ownership.file_watch(demand, stop).run()
+        await storage_health.file_watch(demand, stop).run()
 
     assert [event["error"] for event in events] == ["Permission denied"]
     assert stop.failure is LOST
@@ -86,7 +86,7 @@ async def test_a_check_that_gets_no_thread_is_made_later(
 
     monkeypatch.setattr(daemon_threads, "start", begin_later)
     with capture_logs() as events:
-        await ownership.file_watch(demand, stop).run()
+        await storage_health.file_watch(demand, stop).run()
 
     assert [event["error"] for event in events] == ["can't start new thread"]
     assert stop.failure is LOST

@@ -1,4 +1,4 @@
-"""The lease of an instance: the right to own its runs until a time. `ownership.py` renews it."""
+"""The length of a lease: the time for which an instance has the right to own its runs."""
 
 from __future__ import annotations
 

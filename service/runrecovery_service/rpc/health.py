@@ -1,7 +1,7 @@
 """grpc.health.v1, computed from the gate at each request.
 
-`ownership.py` decides when the database counts as answering, and `rpc/server.py` when the address
-counts as the service's.
+`storage_health.py` decides when the database counts as answering, and `rpc/server.py` when the
+address counts as the service's.
 
 | name | SERVING when |
 |---|---|

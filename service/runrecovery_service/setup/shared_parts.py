@@ -21,11 +21,11 @@ from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.execution.found_ends import EndFinder
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.tree_deadline import TreeDeadline
+from runrecovery_service.lease_renewal import tree_deadline_ns
 from runrecovery_service.locks import ServiceLocks, runs_dir
 from runrecovery_service.lost_commits import noted_loss
 from runrecovery_service.machine_limits import open_cgroup_parent
 from runrecovery_service.meters import Meters
-from runrecovery_service.ownership import tree_deadline_ns
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
