@@ -19,7 +19,7 @@ from runrecovery_service.domain.reconciliation import (
     TrustRemoval,
 )
 from runrecovery_service.domain.run import RecoveryState
-from runrecovery_service.recovery.reconcile import next_batch_rows
+from runrecovery_service.recovery.batch_size import next_batch_rows
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.storage import reports
 from runrecovery_service.storage.database import Database

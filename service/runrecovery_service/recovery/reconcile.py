@@ -23,7 +23,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
@@ -42,12 +41,14 @@ from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
+from runrecovery_service.recovery.batch_size import SMALLEST_BATCH, next_batch_rows
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
 from runrecovery_service.recovery.find_end import FindEnd, find_no_end
 from runrecovery_service.recovery.killed_usage import KilledUsage, with_counted
 from runrecovery_service.recovery.last_output import CompletesOutput, complete_outputs
 from runrecovery_service.recovery.recovery_log import identity, log_completed, log_decisions
 from runrecovery_service.recovery.report import ReportBuilder
+from runrecovery_service.recovery.safe_mode import needs_safe_mode
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import (
@@ -75,7 +76,6 @@ if TYPE_CHECKING:  # not imported where traces are off
 
 log = structlog.get_logger()
 
-SMALLEST_BATCH: Final = 500
 TRUST_S: Final = 10.0
 """Time limit for the files of agent CLIs, in seconds. A sweep removes the rest while the service
 runs."""
@@ -114,8 +114,7 @@ class RecoveryLimits:
     Attributes:
         batch_rows: the most runs on which one transaction decides.
         batch_s: the target duration of one of these transactions, in seconds.
-        safe_mode_after: how many unfinished starts in a row cause safe mode; 0: never safe mode.
-        safe_mode_window_s: only unfinished starts of the last so many seconds are counted.
+        safe_mode_after, safe_mode_window_s: as in `needs_safe_mode`.
         reopen_window_s: how many seconds a run that lost its session can be reopened.
     """
 
@@ -304,12 +303,13 @@ class Recovery:
         )
 
     def _is_safe_mode(self, db: Database) -> bool:
-        limits = self.limits
-        if not limits.safe_mode_after or self.cause is not Cause.STARTUP:
-            return False
-        since = self.clock.now() - timedelta(seconds=limits.safe_mode_window_s)
-        unfinished = reports.count_unfinished_starts(db, self.owner, since)
-        return unfinished >= limits.safe_mode_after
+        return self.cause is Cause.STARTUP and needs_safe_mode(
+            db,
+            self.owner,
+            after=self.limits.safe_mode_after,
+            window_s=self.limits.safe_mode_window_s,
+            now=self.clock.now(),
+        )
 
     def _fail(self, db: Database, report: ReportBuilder, error: Exception) -> None:
         interrupted = isinstance(error, RecoveryInterrupted)
@@ -479,15 +479,6 @@ class Recovery:
             after = batch.last
         if busy is not None:
             raise busy
-
-
-def next_batch_rows(rows: int, elapsed_s: float, *, most: int, batch_s: float) -> int:
-    """Return the size of the next batch: smaller after a slow batch, larger after a fast one."""
-    if elapsed_s > batch_s:
-        return max(min(SMALLEST_BATCH, most), rows // 2)
-    if elapsed_s < batch_s / 4:
-        return min(most, rows * 2)
-    return rows
 
 
 def _ended(ending: Ending) -> LaunchEnd:
