@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from campaign.replica_judges import TWO_OWNERS, Violation
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
-from runrecovery_service.storage import instances, runs, sharing, turn_starts
+from runrecovery_service.storage import instances, runs, turn_starts, work_stealing
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.launch_records import LaunchSite
@@ -113,12 +113,14 @@ def start_one(db: Database, owner: Owner) -> str | None:
 def move_one(db: Database, owner: Owner) -> bool:
     """Move a run of a peer into the own queue."""
     clock = Clock()
-    taker = sharing.Taker(owner=owner, engines=(ENGINE,), shares_workspaces=False)
+    taker = work_stealing.Taker(owner=owner, engines=(ENGINE,), shares_workspaces=False)
     now, steady = clock.now(), clock.steady()
-    peer = run_use_case(db, sharing.find_peer, taker, now=now)
+    peer = run_use_case(db, work_stealing.find_peer, taker, now=now)
     if peer is None:
         return False
-    return run_use_case(db, sharing.take_from, taker, peer, now=now, steady=steady) is not None
+    return (
+        run_use_case(db, work_stealing.take_from, taker, peer, now=now, steady=steady) is not None
+    )
 
 
 def race(db: Database, owner: Owner) -> Iterator[str]:
@@ -228,7 +230,7 @@ def play(
             lambda: all(racer.is_ready() for racer in racers), "all are ready", timeout_s=PATIENCE_S
         )
         # Otherwise peers leave the runs to their owner, which can start some hundred in that time.
-        first_us = round(sharing.OWNER_FIRST_S * 1e6)
+        first_us = round(work_stealing.OWNER_FIRST_S * 1e6)
         db.execute("UPDATE run SET updated_at = updated_at - ?", (first_us,))
         begun_s = time.monotonic()
         for racer in racers:

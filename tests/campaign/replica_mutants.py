@@ -5,6 +5,7 @@ python replica_mutants.py NAME PYTHON -m runrecovery_service serve …
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,21 +44,21 @@ def fence_by_exists() -> None:
 def take_again_in_drain() -> None:
     """Take queued runs of peers again after the hand-over of a stop."""
     from runrecovery_service.recovery.hand_over import HandOver
-    from runrecovery_service.storage import sharing
+    from runrecovery_service.storage import work_stealing
 
     hand_over = HandOver.run
 
     def hand_over_and_take(self: Any, db: Any) -> None:
         hand_over(self, db)
         row = db.fetch_one("SELECT engines FROM instance WHERE name = ?", (self.owner.instance,))
-        taker = sharing.Taker(
+        taker = work_stealing.Taker(
             owner=self.owner,
-            engines=sharing._names(row[0]),
+            engines=json.loads(row[0]),
             shares_workspaces=self.shares_workspaces,
         )
         now, steady = self.clock.now(), self.clock.steady()
-        while (peer := sharing.find_peer(db, taker, now=now)) is not None:
-            if sharing.take_from(db, taker, peer, now=now, steady=steady) is None:
+        while (peer := work_stealing.find_peer(db, taker, now=now)) is not None:
+            if work_stealing.take_from(db, taker, peer, now=now, steady=steady) is None:
                 break
 
     HandOver.run = hand_over_and_take  # type: ignore[method-assign]

@@ -11,11 +11,11 @@ import pytest
 from replicas.dead_instance import Pair, make_pair, set_lease
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RestartPolicy
-from runrecovery_service.storage import sharing, takeover
+from runrecovery_service.storage import hand_over, takeover, work_stealing
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.sharing import Taker
 from runrecovery_service.storage.use_case import run_use_case
+from runrecovery_service.storage.work_stealing import Taker
 from support.pg_proxy import Proxy, proxied
 
 AGAIN: dict[str, Any] = {"restart_policy": RestartPolicy.REQUEUE, "max_attempts": 2}
@@ -106,10 +106,12 @@ def test_a_run_that_was_taken_from_a_peer_unheard_is_started_by_its_new_owner_al
     taker = Taker(owner=pair.owner, engines=("demo",), shares_workspaces=False)
     cut.lose(
         "FOR UPDATE OF r SKIP LOCKED",
-        lambda db: sharing.take_from(db, taker, "a", now=pair.dead.now, steady=pair.dead.steady),
+        lambda db: work_stealing.take_from(
+            db, taker, "a", now=pair.dead.now, steady=pair.dead.steady
+        ),
     )
 
-    assert sharing.find_peer(pair.db, taker, now=pair.dead.now) is None
+    assert work_stealing.find_peer(pair.db, taker, now=pair.dead.now) is None
     assert pair.dead.take() is None
     turn = pair.dead.take(owner=pair.owner)
 
@@ -122,17 +124,17 @@ def test_a_hand_over_that_was_committed_unheard_is_continued_with_the_rest(cut: 
     for _ in range(5):
         pair.dead.create()
 
-    def hand_over(db: Database) -> dict[str, int]:
+    def hand_two_over(db: Database) -> dict[str, int]:
         return dict(
-            sharing.hand_over(
+            hand_over.hand_over(
                 db, pair.dead.owner, shares_workspaces=False, now=pair.dead.now, rows=2
             )
         )
 
     cut.proxy.lose_answer_after("UPDATE webhook_delivery SET instance")
     with pytest.raises(StorageUnavailable):
-        run_use_case(pair.dead.db, hand_over)
+        run_use_case(pair.dead.db, hand_two_over)
     assert cut.proxy.lost.is_set()
 
-    assert run_use_case(pair.dead.db, hand_over) == {"b": 3}
+    assert run_use_case(pair.dead.db, hand_two_over) == {"b": 3}
     assert [owner for _, owner, _, _ in pair.owners()] == ["b"] * 5

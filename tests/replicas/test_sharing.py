@@ -13,9 +13,10 @@ from runrecovery_service.domain.errors import Fenced, StorageUnavailable
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import Profile, Run
 from runrecovery_service.recovery.hand_over import HandOver
-from runrecovery_service.storage import instances, reports, sharing
+from runrecovery_service.storage import hand_over, instances, reports, work_stealing
+from runrecovery_service.storage.hand_over import Peer, Spread, spread
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.sharing import Peer, Spread, Taker, spread
+from runrecovery_service.storage.work_stealing import Taker
 from storage.service_store import Crash, ServiceStore, boot
 from structlog.testing import capture_logs
 
@@ -48,10 +49,10 @@ def taker(pair: Pair, *, owner: Owner | None = None, **changes: Any) -> Taker:
 def take(pair: Pair, *, now: datetime | None = None, **changes: Any) -> str | None:
     """Search for a peer with a run to take, and take it."""
     wanted, now = taker(pair, **changes), now or pair.dead.now
-    peer = sharing.find_peer(pair.db, wanted, now=now)
+    peer = work_stealing.find_peer(pair.db, wanted, now=now)
     if peer is None:
         return None
-    return sharing.take_from(pair.db, wanted, peer, now=now, steady=pair.dead.steady)
+    return work_stealing.take_from(pair.db, wanted, peer, now=now, steady=pair.dead.steady)
 
 
 def take_and_close(pair: Pair, *, now: datetime) -> str | None:
@@ -117,7 +118,7 @@ def test_a_run_that_has_moved_has_been_in_the_queue_since_its_create(idle: Pair)
 def test_a_run_is_left_to_its_owner_at_first(idle: Pair) -> None:
     idle.dead.create()
 
-    assert sharing.find_peer(idle.db, taker(idle), now=idle.dead.now) is None
+    assert work_stealing.find_peer(idle.db, taker(idle), now=idle.dead.now) is None
 
 
 @pytest.mark.parametrize("ahead_s", [-3600, -600, -2.5, -1.5, -0.5, 0, 0.5, 1.5, 600, 3600])
@@ -128,7 +129,7 @@ def test_a_run_is_left_to_its_owner_for_two_seconds_at_most_whatever_clock_a_pee
     clock = idle.dead.now + timedelta(seconds=ahead_s)
 
     searches = [
-        sharing.find_peer(idle.db, taker(idle), now=clock + timedelta(seconds=0.5 * number))
+        work_stealing.find_peer(idle.db, taker(idle), now=clock + timedelta(seconds=0.5 * number))
         for number in range(5)
     ]
 
@@ -157,7 +158,9 @@ def test_only_runs_that_can_start_here_are_taken_from_a_peer_that_gives_them(
 
     assert take(idle) is None
     # Also when the peer was found before that.
-    moved = sharing.take_from(idle.db, taker(idle), "a", now=idle.dead.now, steady=idle.dead.steady)
+    moved = work_stealing.take_from(
+        idle.db, taker(idle), "a", now=idle.dead.now, steady=idle.dead.steady
+    )
     assert moved is None
     assert idle.dead.rows("SELECT owner FROM run") == [("a",)]
     assert run.owner == "a"
@@ -249,7 +252,7 @@ def test_a_run_that_several_instances_want_gets_one_owner_and_none_is_lost(idle:
 
     def take_all(rival: Pair) -> list[str]:
         taken = []
-        while sharing.find_peer(rival.db, taker(rival), now=now) is not None:
+        while work_stealing.find_peer(rival.db, taker(rival), now=now) is not None:
             run_id = take(rival, now=now)  # None: all that it found were locked by others
             taken += [] if run_id is None else [run_id]
         rival.db.close()
@@ -304,7 +307,7 @@ def test_a_run_that_is_being_handed_over_is_not_taken_from_the_stopping_instance
         return spread(*given)
 
     idle.dead.db.execute("UPDATE instance SET engines = '[]' WHERE name = 'c'")
-    monkeypatch.setattr(sharing, "spread", take_meanwhile)
+    monkeypatch.setattr(hand_over, "spread", take_meanwhile)
 
     stopping(idle)
 
@@ -379,7 +382,7 @@ def test_a_stop_hands_over_every_page_and_spreads_it_by_free_slots(idle: Pair) -
         "UPDATE instance SET engines = '[\"demo\"]', max_running = 2 WHERE name = 'c'"
     )
 
-    handed = sharing.hand_over(
+    handed = hand_over.hand_over(
         idle.dead.db, idle.dead.owner, shares_workspaces=False, now=idle.dead.now, rows=2
     )
 
@@ -396,13 +399,13 @@ def test_a_peer_that_starts_again_meanwhile_gets_nothing_under_its_old_epoch(
     idle: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = idle.dead.create()
-    seen = sharing.living_peers(idle.dead.db, idle.dead.owner)
+    seen = hand_over.living_peers(idle.dead.db, idle.dead.owner)
     assert [(peer.name, peer.epoch) for peer in seen] == [("b", idle.owner.epoch)]
     set_lease(idle.dead.db, "b", -1)
     instances.claim(idle.dead.db, boot("b"), now=idle.dead.tick())
-    monkeypatch.setattr(sharing, "living_peers", lambda *_: seen)
+    monkeypatch.setattr(hand_over, "living_peers", lambda *_: seen)
 
-    handed = sharing.hand_over(
+    handed = hand_over.hand_over(
         idle.dead.db, idle.dead.owner, shares_workspaces=False, now=idle.dead.now
     )
     assert handed == {}
@@ -420,7 +423,7 @@ def test_a_hand_over_that_fails_prevents_no_stop_but_a_fenced_one_does(
         return raise_it
 
     idle.dead.create()
-    monkeypatch.setattr(sharing, "hand_over", fail(Crash()))
+    monkeypatch.setattr(hand_over, "hand_over", fail(Crash()))
     with capture_logs() as logs:
         stopping(idle)
     (line,) = logs
@@ -430,13 +433,13 @@ def test_a_hand_over_that_fails_prevents_no_stop_but_a_fenced_one_does(
         True,
     )
 
-    monkeypatch.setattr(sharing, "hand_over", fail(StorageUnavailable()))
+    monkeypatch.setattr(hand_over, "hand_over", fail(StorageUnavailable()))
     with capture_logs() as logs:
         stopping(idle)
     (line,) = logs
     assert (line["log_level"], line["exc_info"]) == ("error", False)
 
-    monkeypatch.setattr(sharing, "hand_over", fail(Fenced("a")))
+    monkeypatch.setattr(hand_over, "hand_over", fail(Fenced("a")))
     with pytest.raises(Fenced):
         stopping(idle)
 
@@ -458,7 +461,7 @@ def test_the_least_busy_peer_that_has_the_engine_gets_the_next_run() -> None:
         Peer(name="small", epoch=1, engines=frozenset({"x", "y"}), slots=1, load=0),
     ]
 
-    result = sharing.spread([(1, "x"), (2, "x"), (3, "y"), (5, "z")], peers)
+    result = hand_over.spread([(1, "x"), (2, "x"), (3, "y"), (5, "z")], peers)
 
     assert result.keys == {"small": [1, 3], "large": [2]}
     assert result.after == 5
@@ -475,7 +478,7 @@ def test_the_load_of_peers_is_counted_in_the_index_of_live_runs(
         return []
 
     monkeypatch.setattr(pair.db, "fetch_all", note)
-    sharing.living_peers(pair.db, pair.owner)
+    hand_over.living_peers(pair.db, pair.owner)
     monkeypatch.undo()
 
     (sql, params), *_ = asked

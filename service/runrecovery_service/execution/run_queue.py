@@ -15,7 +15,7 @@ import structlog
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.engines.catalog import Catalog
-from runrecovery_service.storage import sharing, turn_starts
+from runrecovery_service.storage import turn_starts, work_stealing
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchSite
@@ -66,15 +66,15 @@ class RunQueue:
         engines = set(self.catalog.names) - set(busy_engines)
         if not engines:
             return False
-        taker = sharing.Taker(
+        taker = work_stealing.Taker(
             owner=self.owner, engines=engines, shares_workspaces=self.shares_workspaces
         )
-        peer = await self.storage.read(sharing.find_peer, taker, now=self.clock.now())
+        peer = await self.storage.read(work_stealing.find_peer, taker, now=self.clock.now())
         if peer is None:
             self._search_due_s = monotonic() + PEERS_INTERVAL_S
             return False
         run_id = await self.storage.write_own(
-            sharing.take_from, taker, peer, now=self.clock.now(), steady=self.clock.steady()
+            work_stealing.take_from, taker, peer, now=self.clock.now(), steady=self.clock.steady()
         )
         if run_id is not None:
             log.info("execution.taken_from_peer", run_id=run_id, peer=peer)

@@ -1,6 +1,6 @@
 """Hands runs over to peers at a planned stop, before and after its decisions. PostgreSQL only.
 
-`storage/sharing.py` chooses the peer of each run.
+`storage/hand_over.py` chooses the peer of each run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import structlog
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
-from runrecovery_service.storage import instances, sharing, use_case
+from runrecovery_service.storage import hand_over, instances, use_case
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 
@@ -56,6 +56,6 @@ class HandOver:
 
     def _hand_over(self, db: Database) -> Mapping[str, int]:
         instances.announce_stop(db, self.owner)
-        return sharing.hand_over(
+        return hand_over.hand_over(
             db, self.owner, shares_workspaces=self.shares_workspaces, now=self.clock.now()
         )
