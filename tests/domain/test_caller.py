@@ -6,8 +6,9 @@ import base64
 import random
 
 import pytest
-from runrecovery_service.domain.caller import Caller, Role, token_problem
+from runrecovery_service.domain.caller import Caller, token_problem
 from runrecovery_service.domain.errors import EngineNotAllowed, RoleNotSufficient, RunNotFound
+from runrecovery_service.domain.role import Role
 
 RANDOM = random.Random(1)  # noqa: S311 - the same in every run
 BYTES = RANDOM.randbytes(16)

@@ -13,8 +13,9 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 from runrecovery.v1 import run_service_pb2
-from runrecovery_service.domain.caller import Caller, Credentials, Role
+from runrecovery_service.domain.caller import Caller, Credentials
 from runrecovery_service.domain.errors import CallerUnknown, EngineNotAllowed
+from runrecovery_service.domain.role import Role
 from runrecovery_service.rpc.callers import CALLER, CallerGuard, CallerTable
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.method_handlers import contract_methods, grpc_handlers

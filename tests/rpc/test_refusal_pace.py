@@ -12,12 +12,12 @@ import pytest
 from google.protobuf import message_factory
 from google.protobuf.message import Message
 from runrecovery.v1 import run_service_pb2
-from runrecovery_service.domain.caller import Role
 from runrecovery_service.domain.errors import (
     EngineNotAllowed,
     Overloaded,
     RunNotFound,
 )
+from runrecovery_service.domain.role import Role
 from runrecovery_service.rpc.callers import CallerGuard, CallerTable
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.method_wrapper import Method, MethodWrapper

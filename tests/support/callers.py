@@ -5,7 +5,8 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Any, Final
 
-from runrecovery_service.domain.caller import Caller, Credentials, Role
+from runrecovery_service.domain.caller import Caller, Credentials
+from runrecovery_service.domain.role import Role
 
 ROLES: Final = ("viewer", "replier", "creator", "operator")
 RUNS, RECOVERY = "runrecovery.v1.RunService", "runrecovery.v1.RecoveryService"

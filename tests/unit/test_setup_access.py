@@ -14,7 +14,7 @@ from runrecovery_service.config.settings import (
     Settings,
     TlsSettings,
 )
-from runrecovery_service.domain.caller import Role
+from runrecovery_service.domain.role import Role
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.setup.access import access_problems, read_callers, tls_files
 from runrecovery_service.setup.entrance import Entrance

@@ -46,7 +46,7 @@ class ClientAuth(StrEnum):
 
 
 class RoleName(StrEnum):
-    """The configured name of a role. `domain/caller.py` defines what each role may do."""
+    """The configured name of a role. `domain/role.py` defines what each role may do."""
 
     VIEWER = "viewer"
     REPLIER = "replier"

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.responses import Response
 
-from runrecovery_service.domain.caller import Caller, Role
+from runrecovery_service.domain.caller import Caller
+from runrecovery_service.domain.role import Role
 from runrecovery_service.http.calls import CallOrigin
 from runrecovery_service.rpc.callers import CallerGuard
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
 from hashlib import sha256
 from typing import Final
 
 from runrecovery_service.domain.errors import EngineNotAllowed, RoleNotSufficient, RunNotFound
+from runrecovery_service.domain.role import Role
 
 MIN_TOKEN_BITS: Final = 128
 MIN_DISTINCT_CHARS: Final = 8
@@ -26,19 +26,6 @@ _ALPHABETS: Final = (
 
 NO_TOKEN_DIGEST: Final = sha256(b"").hexdigest()
 """The SHA-256 of an empty text. A configuration that has it was made from an empty token file."""
-
-
-class Role(IntEnum):
-    """The rights of a caller. Each role includes the ones before it."""
-
-    VIEWER = 1
-    """Read runs, their questions, events and output, and the decisions about them."""
-    REPLIER = 2
-    """Also answer questions and cancel runs."""
-    CREATOR = 3
-    """Also create and reopen runs."""
-    OPERATOR = 4
-    """Everything: also the reports and plans of recoveries, which are about all runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,15 +23,9 @@ from typing import Any, Final, TypeAlias
 import grpc
 import structlog
 
-from runrecovery_service.domain.caller import (
-    ANYONE,
-    NOBODY,
-    Caller,
-    Credentials,
-    Role,
-    token_problem,
-)
+from runrecovery_service.domain.caller import ANYONE, NOBODY, Caller, Credentials, token_problem
 from runrecovery_service.domain.errors import CallerOverloaded, CallerUnknown, Denied
+from runrecovery_service.domain.role import Role
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.refusal_pace import Rate, RefusalPace
 

@@ -1,4 +1,4 @@
-"""The one table of methods and the role that each needs. `domain/caller.py` defines the roles.
+"""The one table of methods and the role that each needs. `domain/role.py` defines the roles.
 
 The guard reads it, and `docs/generate.py` writes the table of docs/security.md from it. The server
 does not start if a method has no row.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from runrecovery_service.domain.caller import Role
+from runrecovery_service.domain.role import Role
 
 _RUNS: Final = "runrecovery.v1.RunService"
 _RECOVERY: Final = "runrecovery.v1.RecoveryService"

@@ -18,7 +18,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from runrecovery_service.domain.caller import ANYONE, Caller, Role
+from runrecovery_service.domain.caller import ANYONE, Caller
 from runrecovery_service.domain.errors import (
     CallerUnknown,
     Denied,
@@ -28,6 +28,7 @@ from runrecovery_service.domain.errors import (
     RunRecoveryError,
     SlowReader,
 )
+from runrecovery_service.domain.role import Role
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.callers import CALLER, CallerGuard

@@ -12,11 +12,11 @@ import structlog
 from runrecovery.v1 import recovery_service_pb2 as pb
 
 from runrecovery_service import daemon_threads
-from runrecovery_service.domain.caller import Role
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.retention import PruneResult, RetentionKind
+from runrecovery_service.domain.role import Role
 from runrecovery_service.domain.run import Page
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.status import RecoveryStatus

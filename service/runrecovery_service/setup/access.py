@@ -10,7 +10,8 @@ from typing import Final
 
 from runrecovery_service.config.settings import CallerSettings, Settings
 from runrecovery_service.config.values import MAX_TOKENS
-from runrecovery_service.domain.caller import Caller, Credentials, Role, token_problem
+from runrecovery_service.domain.caller import Caller, Credentials, token_problem
+from runrecovery_service.domain.role import Role
 from runrecovery_service.domain.start_errors import CallersRefused
 from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.rpc.certificates import TlsFiles, TlsUnusable, read_certificate
