@@ -52,8 +52,8 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import takeover
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.dead_instances import TakeoverRules
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.takeover import TakeoverRules
 
 from bench.load import Target, generate
 from bench.postgres import ScratchPostgres, scratch_postgres

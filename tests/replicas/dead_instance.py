@@ -23,8 +23,9 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, takeover
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.dead_instances import TakeoverRules
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.takeover import Takeover, TakeoverRules
+from runrecovery_service.storage.takeover import Takeover
 from storage.service_store import Crash, ServiceStore, boot
 from support.owner_history import HISTORY, STALE_WRITES
 from support.recovery import FakeLaunchEnder, FakeTrustCleaner

@@ -11,7 +11,7 @@ import pytest
 from replicas.dead_instance import Pair, make_pair, set_lease
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RestartPolicy
-from runrecovery_service.storage import hand_over, takeover, work_stealing
+from runrecovery_service.storage import dead_instances, hand_over, takeover, work_stealing
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.use_case import run_use_case
@@ -60,7 +60,7 @@ def test_a_takeover_whose_fence_was_committed_unheard_is_continued_by_its_rescue
     third = pair.third()
     set_lease(pair.dead.db, "c", 60_000_000)
 
-    assert takeover.overdue(third.db, third.rules) == []
+    assert dead_instances.find_dead(third.db, third.rules) == []
     assert takeover.begin(third.db, third.rules, "a") is None
     pair.take_over()
 
@@ -91,7 +91,7 @@ def test_a_takeover_whose_end_was_committed_unheard_is_complete(cut: Cut) -> Non
     pair.expire()
     cut.lose("SET takeover_done_at", lambda _: pair.take_over())
 
-    assert takeover.overdue(pair.db, pair.rules) == []
+    assert dead_instances.find_dead(pair.db, pair.rules) == []
     assert pair.dead.rows(
         "SELECT taken_over_by, takeover_done_at IS NOT NULL FROM instance WHERE name = 'a'"
     ) == [("b", True)]

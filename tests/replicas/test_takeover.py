@@ -15,6 +15,7 @@ from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import (
+    dead_instances,
     instances,
     launch_records,
     newer_words,
@@ -63,35 +64,35 @@ def test_an_instance_is_overdue_once_its_lease_has_run_out_by_the_clock_of_the_d
 ) -> None:
     pair.dead.create()
     set_lease(pair.dead.db, "a", 3_600_000_000)
-    alive = takeover.overdue(pair.db, pair.rules)
+    alive = dead_instances.find_dead(pair.db, pair.rules)
 
     pair.expire()
 
-    assert (alive, takeover.overdue(pair.db, pair.rules)) == ([], ["a"])
+    assert (alive, dead_instances.find_dead(pair.db, pair.rules)) == ([], ["a"])
 
 
 def test_an_instance_without_work_is_left_alone(pair: Pair) -> None:
     pair.dead.end(pair.dead.running(), Succeeded({}))
     pair.expire()
 
-    assert takeover.overdue(pair.db, pair.rules) == []
+    assert dead_instances.find_dead(pair.db, pair.rules) == []
 
 
 def test_an_instance_that_was_stopped_may_start_again_for_the_time_of_a_lease(pair: Pair) -> None:
     pair.dead.waiting()
     instances.resign(pair.dead.db, pair.dead.owner)
-    stopped = takeover.overdue(pair.db, pair.rules)
+    stopped = dead_instances.find_dead(pair.db, pair.rules)
 
     pair.dead.db.execute("UPDATE instance SET stopped_at = stopped_at - 16000000 WHERE name = 'a'")
 
-    assert (stopped, takeover.overdue(pair.db, pair.rules)) == ([], ["a"])
+    assert (stopped, dead_instances.find_dead(pair.db, pair.rules)) == ([], ["a"])
 
 
 def test_no_instance_takes_itself_over(pair: Pair) -> None:
     pair.dead.create(owner=pair.owner)
     pair.expire("b")
 
-    assert takeover.overdue(pair.db, pair.rules) == []
+    assert dead_instances.find_dead(pair.db, pair.rules) == []
     assert takeover.begin(pair.db, pair.rules, "b") is None
 
 
@@ -99,11 +100,11 @@ def test_an_instance_that_lacks_an_engine_sees_which_ones_are_needed(pair: Pair)
     pair.dead.create(engine="other")
     pair.dead.create()
 
-    unknown = takeover.engines_of(pair.db, "a")
+    unknown = dead_instances.engines_of(pair.db, "a")
     instances.renew(pair.dead.db, pair.dead.owner, engines=("demo",))
 
     assert unknown == {"demo", "other"}
-    assert takeover.engines_of(pair.db, "a") == {"demo"}
+    assert dead_instances.engines_of(pair.db, "a") == {"demo"}
 
 
 # -- the beginning -------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_a_lease_that_is_renewed_at_the_last_moment_prevents_the_takeover(pair: 
     """The renewal has not committed yet when the takeover reads the lease."""
     pair.dead.waiting()
     pair.expire()
-    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+    assert dead_instances.find_dead(pair.db, pair.rules) == ["a"]
     begun, thread = begin_beside(pair)
 
     with pair.dead.db.transaction():
@@ -242,15 +243,15 @@ def test_a_takeover_that_is_cut_off_stays_overdue_and_the_next_successor_complet
     with pytest.raises(Crash):
         pair.take_over()
     third = pair.third()
-    assert takeover.overdue(pair.db, pair.rules) == ["a"], "the successor tries again"
-    assert takeover.overdue(third.db, third.rules) == [], "no other one disturbs it"
+    assert dead_instances.find_dead(pair.db, pair.rules) == ["a"], "the successor tries again"
+    assert dead_instances.find_dead(third.db, third.rules) == [], "no other one disturbs it"
     pair.expire("b")
-    assert sorted(takeover.overdue(third.db, third.rules)) == ["a", "b"]
+    assert sorted(dead_instances.find_dead(third.db, third.rules)) == ["a", "b"]
 
     third.take_over()
     third.recover(third.begin("b"))
 
-    assert takeover.overdue(third.db, third.rules) == []
+    assert dead_instances.find_dead(third.db, third.rules) == []
     decided = "SELECT count(DISTINCT run) FROM recovery_event"
     assert pair.dead.rows(decided) == [(11,)]
     assert pair.dead.rows("SELECT count(*) FROM run WHERE owner = 'b' AND ended_at IS NULL") == [
@@ -292,7 +293,7 @@ def test_a_locked_batch_keeps_no_other_batch_from_its_decisions(
         pair.take_over(batch_rows=2)
 
     assert [owner for _, owner, _ in rules_of(pair)] == ["a", "a", "b", "b", "b"]
-    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+    assert dead_instances.find_dead(pair.db, pair.rules) == ["a"]
     pair.take_over(batch_rows=2)
     assert [owner for _, owner, _ in rules_of(pair)] == ["b"] * 5
 

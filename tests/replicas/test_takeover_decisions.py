@@ -12,6 +12,7 @@ from runrecovery_service.domain.run import Profile, RunStatus
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.storage import (
+    dead_instances,
     decisions,
     launch_records,
     recovery_apply,
@@ -48,7 +49,7 @@ def test_runs_that_need_no_session_move_to_the_successor_in_a_report_of_its_own(
         Cause.TAKEOVER, "b", "a", ReconciliationState.COMPLETED,
     )  # fmt: skip
     assert reports.get_report(pair.db, report.reconciliation_id) == report
-    assert takeover.overdue(pair.db, pair.rules) == []
+    assert dead_instances.find_dead(pair.db, pair.rules) == []
     assert pair.stale_writes() == []
     turn = pair.dead.take(owner=pair.owner)
     assert turn is not None
@@ -75,7 +76,7 @@ def test_runs_whose_session_is_elsewhere_wait_for_their_host_with_their_old_owne
         ("interrupted_before_session", "b", "QUEUED"),
         ("queued_for_its_host", "a", "QUEUED"),
     ]
-    assert takeover.overdue(pair.db, pair.rules) == []
+    assert dead_instances.find_dead(pair.db, pair.rules) == []
     assert pair.dead.rows(
         "SELECT host_return_until - taken_over_at BETWEEN ? AND ?, takeover_done_at IS NOT NULL"
         " FROM instance WHERE name = 'a'",
@@ -126,7 +127,7 @@ def test_a_host_that_does_not_return_in_time_fails_its_runs_which_can_be_reopene
     pair.expire()
     pair.take_over()
     pair.dead.db.execute("UPDATE instance SET host_return_until = 1 WHERE name = 'a'")
-    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+    assert dead_instances.find_dead(pair.db, pair.rules) == ["a"]
 
     report = pair.take_over()
 
@@ -136,7 +137,7 @@ def test_a_host_that_does_not_return_in_time_fails_its_runs_which_can_be_reopene
     assert got.error is not None
     assert got.error.code == "SESSION_RESUME_FAILED"
     assert pair.dead.column(run, "retired_value") == "secret"
-    assert takeover.overdue(pair.db, pair.rules) == []
+    assert dead_instances.find_dead(pair.db, pair.rules) == []
 
 
 def test_with_shared_workspaces_every_run_goes_on_at_the_successor(pair: Pair) -> None:
@@ -196,12 +197,12 @@ def test_runs_that_waited_for_their_host_go_on_once_workspaces_are_shared(pair: 
     pair.expire()
     pair.take_over()
     pair.shares_workspaces = True
-    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+    assert dead_instances.find_dead(pair.db, pair.rules) == ["a"]
 
     pair.take_over()
 
     assert rules_of(pair) == [("resumable_waiting_preserved", "b", "WAITING_USER")]
-    assert takeover.overdue(pair.db, pair.rules) == []
+    assert dead_instances.find_dead(pair.db, pair.rules) == []
 
 
 def test_a_run_that_keeps_its_earlier_decision_still_changes_its_owner(pair: Pair) -> None:
@@ -245,7 +246,7 @@ def test_a_damaged_run_is_quarantined_at_the_successor(pair: Pair) -> None:
 
     assert report.quarantined == 1
     assert rules_of(pair) == [("record_damaged", "b", "QUEUED"), ("requeued", "b", "QUEUED")]
-    assert takeover.overdue(pair.db, pair.rules) == []
+    assert dead_instances.find_dead(pair.db, pair.rules) == []
 
 
 def test_deadlines_of_a_moved_run_are_those_of_the_successors_clock(pair: Pair) -> None:
@@ -339,7 +340,7 @@ def test_an_instance_that_has_only_deliveries_left_is_taken_over(pair: Pair) -> 
     deliver(pair, run, 1)
     pair.expire()
 
-    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+    assert dead_instances.find_dead(pair.db, pair.rules) == ["a"]
 
 
 def test_a_takeover_is_no_start_in_the_count_for_safe_mode(

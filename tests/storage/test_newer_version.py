@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import instances, migrate, takeover
+from runrecovery_service.storage.dead_instances import TakeoverRules
 from runrecovery_service.storage.migrate import describe_misfit
 from runrecovery_service.storage.newer_words import demand_known_words, has_newer_words
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.sql_dialects import DatabaseKind
-from runrecovery_service.storage.takeover import TakeoverRules
 from storage.service_store import ServiceStore, boot
 
 KNOWN = {"0001_a": "a", "0002_b": "b"}

@@ -22,12 +22,13 @@ from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.recovery.reconcile import DeadInstance, Recovery
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import takeover
+from runrecovery_service.storage import dead_instances, takeover
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.dead_instances import TakeoverRules
 from runrecovery_service.storage.launch_records import LaunchRecord
 from runrecovery_service.storage.newer_words import has_newer_words
-from runrecovery_service.storage.takeover import Takeover, TakeoverFenced, TakeoverRules
+from runrecovery_service.storage.takeover import Takeover, TakeoverFenced
 
 R = TypeVar("R")
 
@@ -96,7 +97,7 @@ class TakeoverLoop:
         Raises:
             Fenced: a newer epoch of this service has started.
         """
-        for name in await self.storage.read(takeover.overdue, self.rules):
+        for name in await self.storage.read(dead_instances.find_dead, self.rules):
             if self._is_stopping:
                 return
             try:
@@ -152,7 +153,7 @@ class TakeoverLoop:
 
     async def _can_decide(self, name: str) -> bool:
         """Return whether this service has the engines of the runs, and knows every stored value."""
-        missing = await self.storage.read(takeover.engines_of, name) - set(self.engines())
+        missing = await self.storage.read(dead_instances.engines_of, name) - set(self.engines())
         is_newer = await self.storage.read(has_newer_words, name)
         if not missing and not is_newer:
             self._refused.discard(name)

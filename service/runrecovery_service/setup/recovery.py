@@ -93,7 +93,7 @@ def build_takeovers(
         return None
     # Imported here: a start on SQLite needs none of it.
     from runrecovery_service.recovery.takeover import TakeoverLoop  # noqa: PLC0415
-    from runrecovery_service.storage.takeover import TakeoverRules  # noqa: PLC0415
+    from runrecovery_service.storage.dead_instances import TakeoverRules  # noqa: PLC0415
 
     host, settings = parts.host, parts.settings
     here = (host.host_id, host.boot_id, host.pid_namespace)

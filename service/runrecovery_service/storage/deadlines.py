@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.deadline import DueKind, SteadyTime
-from runrecovery_service.domain.interruption import LONGEST_DELAY_S
+from runrecovery_service.domain.resume_backoff import LONGEST_DELAY_S
 from runrecovery_service.domain.run import ErrorCode, Profile, Run, RunStatus
 from runrecovery_service.domain.turn import RUN_TIMEOUT
 from runrecovery_service.storage import instances, interactions, runs, use_case

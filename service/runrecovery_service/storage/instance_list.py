@@ -1,6 +1,6 @@
 """Lists the instances that use one database, for the call GetInstances.
 
-`takeover.py` finds those whose lease has run out.
+`dead_instances.py` finds those whose lease has run out.
 """
 
 from __future__ import annotations

@@ -8,12 +8,11 @@ from typing import Final
 
 from runrecovery_service.domain.deadline import Due
 from runrecovery_service.domain.interruption import (
-    LONGEST_DELAY_S,
     Interruption,
     InterruptionCause,
-    resume_delay_s,
 )
 from runrecovery_service.domain.recovery_matrix import QUEUED_FOR_HOST_RULE, RESUMED_RULE, Fact
+from runrecovery_service.domain.resume_backoff import LONGEST_DELAY_S, resume_delay_s
 from runrecovery_service.domain.run import Interaction, InteractionState, Run, RunStatus
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.recovery_scope import ApplyScope

@@ -1,5 +1,7 @@
 """Takes over the runs of an instance whose lease has ended. PostgreSQL only.
 
+`dead_instances.py` finds these instances.
+
 A takeover raises the epoch of the dead instance, as the instance's own start would. The dead
 instance is then fenced, and its runs are of an earlier epoch. The takeover does not renew the
 lease, so the dead instance may start at any time. Its start raises the epoch again, and fences the
@@ -20,33 +22,15 @@ from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.dead_instances import TakeoverRules, needs_takeover
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.newer_words import has_newer_words
-from runrecovery_service.storage.rows import json_value
-from runrecovery_service.storage.tables import LIVE
 
 DELIVERIES_AT_ONCE: Final = 5_000
 
 
 class TakeoverFenced(Exception):
     """The takeover is over: the instance has started again, or another successor has begun."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TakeoverRules:
-    """The settings of takeovers by one instance.
-
-    Attributes:
-        owner: the successor.
-        shares_workspaces: whether the successor can read the sessions of other instances.
-        lease_ttl_s: how long an instance has after a planned stop to start again before a takeover.
-        host_return_s: how long runs wait for the host that has their session.
-    """
-
-    owner: Owner
-    shares_workspaces: bool
-    lease_ttl_s: float
-    host_return_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,57 +57,12 @@ class Takeover:
             raise TakeoverFenced(self.dead.instance) from error
 
 
-def _overdue(db: Database, rules: TakeoverRules) -> tuple[str, tuple[object, ...]]:
-    """Return an SQL condition for instances `i` that need a takeover, and its parameters."""
-    now = db.dialect.now_us
-    successor_lives = (
-        "SELECT 1 FROM instance r WHERE r.name = i.taken_over_by AND r.name <> ?"
-        f" AND r.lease_until > {now}"
-    )
-    # After a finished takeover, only runs that wait for their host are left.
-    waits_no_more = (
-        f"(i.taken_over_by IS NULL OR i.host_return_until <= {now}"
-        + (" OR 1 = 1" if rules.shares_workspaces else "")
-        + ")"
-    )
-    has_work = (
-        f"(EXISTS (SELECT 1 FROM run WHERE owner = i.name AND {LIVE}) OR (i.taken_over_by IS NULL"
-        " AND EXISTS (SELECT 1 FROM webhook_delivery d WHERE d.instance = i.name)))"
-    )
-    condition = (
-        f"i.name <> ? AND i.lease_until <= {now} AND COALESCE(i.stopped_at, 0) + ? <= {now}"
-        " AND CASE WHEN i.taken_over_by IS NOT NULL AND i.takeover_done_at IS NULL"
-        f" THEN NOT EXISTS ({successor_lives}) ELSE {waits_no_more} AND {has_work} END"
-    )
-    me = rules.owner.instance
-    return condition, (me, round(rules.lease_ttl_s * 1e6), me)
-
-
-def overdue(db: Database, rules: TakeoverRules) -> list[str]:
-    """Return the names of the instances that need a takeover."""
-    condition, params = _overdue(db, rules)
-    rows = db.fetch_all(
-        f"SELECT i.name FROM instance i WHERE {condition} ORDER BY i.lease_until, i.name", params
-    )
-    return [name for (name,) in rows]
-
-
-def engines_of(db: Database, instance: str) -> frozenset[str]:
-    """Return the engines of the unfinished runs of an instance."""
-    row = db.fetch_one("SELECT engines FROM instance WHERE name = ?", (instance,))
-    told = json_value(row[0]) if row else None
-    if isinstance(told, list) and told:
-        return frozenset(map(str, told))
-    rows = db.fetch_all(f"SELECT DISTINCT engine FROM run WHERE owner = ? AND {LIVE}", (instance,))
-    return frozenset(engine for (engine,) in rows)
-
-
 def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
     """Begin the takeover of an instance; return None if the instance no longer needs one.
 
     The call waits for open transactions of the dead instance. Its later transactions are fenced.
     """
-    condition, params = _overdue(db, rules)
+    condition, params = needs_takeover(db, rules)
     token, now = secrets.token_hex(16), db.dialect.now_us
     until = (
         "NULL"
