@@ -1,7 +1,7 @@
 """Takes runs from the queue of this instance.
 
 On a shared store, an instance that finds no run in its own queue takes one from a peer. The order
-of the queue is in `storage/turn_starts.py`.
+of the queue is in `storage/queue_order.py`.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from runrecovery_service.storage import (
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchSite
-from runrecovery_service.storage.rows import from_us, to_us
-from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.queue_order import latest_entry, next_in_queue
+from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.turns import Turn
 
 
@@ -54,14 +54,14 @@ def take_next(
         busy_engines: engines without a free slot, whose runs are not taken.
         without: the keys of runs that are not taken.
     """
-    while (found := _next_in_queue(db, owner, busy_engines, steady, without)) is not None:
+    while (found := next_in_queue(db, owner, busy_engines, steady, without)) is not None:
         key, queued_at = found
         run = runs.get_by_key(db, key)
         if run.status is not RunStatus.QUEUED:
             raise Stale
         used_up = run.budget.why_used_up(run.usage)
         if used_up is None:
-            entered = _latest_entry(run, queued_at)
+            entered = latest_entry(run, queued_at)
             return _take(db, run, owner=owner, site=site, due_in=due_in, queued_at=entered, now=now)
         error = RunError(code=ErrorCode.BUDGET_EXCEEDED, message=used_up)
         turns.fail(db, run, error, owner=owner, now=now)
@@ -109,47 +109,6 @@ def _take(
         session_usage=usage.of_session(db, run.key) if reply or interruption else None,
         queued_at=queued_at,
     )
-
-
-def _latest_entry(run: Run, queued_at: datetime) -> datetime:
-    """Return when the run last entered a queue. A move to another instance's queue does not count.
-
-    Args:
-        queued_at: the time that orders the queue; a recovery that queues the run again keeps it.
-    """
-    return queued_at if run.recovery is None else max(queued_at, run.recovery.recovered_at)
-
-
-def _next_in_queue(
-    db: Database,
-    owner: Owner,
-    busy_engines: Sequence[str],
-    steady: SteadyTime,
-    without: Collection[int],
-) -> tuple[int, datetime] | None:
-    row = db.fetch_one(
-        "SELECT id, queued_at FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
-        " AND recovery_state <> 'QUARANTINED'"
-        " AND (run_due_us IS NULL OR run_due_us > ?)"
-        " AND resume_due_us IS NULL"
-        # A new process must not run while an earlier process of the run could not be killed.
-        # Launches of an instance that was taken over do not count: the shim on its host has killed
-        # their processes.
-        " AND NOT EXISTS (SELECT 1 FROM process_lease l"
-        " WHERE l.run = run.id AND l.state = 'KILL_PENDING' AND l.instance = run.owner)"
-        + _not_in("engine", busy_engines)
-        + _not_in("id", without)
-        + " ORDER BY queued_at, id LIMIT 1"
-        # Peers take runs from this queue too. A run that a peer is taking is skipped.
-        + (" FOR UPDATE SKIP LOCKED" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""),
-        (owner.instance, owner.epoch, steady.us, *busy_engines, *without),
-    )
-    return None if row is None else (int(row[0]), from_us(row[1]))
-
-
-def _not_in(column: str, values: Collection[object]) -> str:
-    marks = ", ".join("?" for _ in values)
-    return f" AND {column} NOT IN ({marks})" if marks else ""
 
 
 def _first_turn(run: Run, now: datetime) -> dict[str, object]:
