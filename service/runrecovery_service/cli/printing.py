@@ -1,6 +1,6 @@
 """Prints messages of the contract: as a line of JSON, as a table, or as names and values.
 
-`cli/runs.py` and `cli/recovery.py` choose the columns and the values.
+`cli/run_text.py` and `cli/recovery.py` choose the columns and the values.
 """
 
 from __future__ import annotations
