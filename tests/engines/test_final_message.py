@@ -11,6 +11,7 @@ from runrecovery_service.domain.run import InteractionKind, JsonObject, Option, 
 from runrecovery_service.engines import final_message, strict_json
 from runrecovery_service.engines.dialect import AskMessage, ResultMessage
 from runrecovery_service.engines.final_message import parse
+from runrecovery_service.engines.message_limits import MAX_FINAL_MESSAGE_BYTES
 
 ASK = '{"ask_user": {"prompt": "Where to?"}}'
 WHERE = Question(kind=InteractionKind.OPEN_TEXT, prompt="Where to?")
@@ -115,20 +116,20 @@ def test_characters_that_no_store_accepts_are_replaced() -> None:
 
 
 def test_a_text_that_is_too_long_is_truncated_and_marked_as_such() -> None:
-    found = output("x" + "ü" * final_message.MAX_BYTES)
+    found = output("x" + "ü" * MAX_FINAL_MESSAGE_BYTES)
 
-    assert found == {"text": "ü" * (final_message.MAX_BYTES // 2), "truncated": True}
+    assert found == {"text": "ü" * (MAX_FINAL_MESSAGE_BYTES // 2), "truncated": True}
 
 
 def test_a_truncated_text_begins_with_a_whole_character() -> None:
-    found = output("€" * final_message.MAX_BYTES)
+    found = output("€" * MAX_FINAL_MESSAGE_BYTES)
 
-    assert final_message.MAX_BYTES % 3 == 1
-    assert found == {"text": "€" * (final_message.MAX_BYTES // 3), "truncated": True}
+    assert MAX_FINAL_MESSAGE_BYTES % 3 == 1
+    assert found == {"text": "€" * (MAX_FINAL_MESSAGE_BYTES // 3), "truncated": True}
 
 
 def test_a_question_after_a_text_that_is_too_long_is_found() -> None:
-    assert question("x" * 5 * final_message.MAX_BYTES + ASK) == WHERE
+    assert question("x" * 5 * MAX_FINAL_MESSAGE_BYTES + ASK) == WHERE
 
 
 def test_a_code_fence_inside_an_object_does_not_end_it() -> None:
@@ -165,7 +166,7 @@ def test_a_text_made_to_be_slow_is_parsed_a_limited_number_of_times(
 
 
 def test_an_object_that_is_too_long_is_text() -> None:
-    text = json.dumps({"result": {"long": "x" * final_message.MAX_BYTES}})
+    text = json.dumps({"result": {"long": "x" * MAX_FINAL_MESSAGE_BYTES}})
 
     assert output(text)["truncated"] is True
 

@@ -25,6 +25,7 @@ from runrecovery_service.engines.dialect import (
     UsageMessage,
 )
 from runrecovery_service.engines.jsonl import parse
+from runrecovery_service.engines.message_limits import MAX_JSONL_LINE_BYTES
 from runrecovery_service.engines.strict_json import MAX_DEPTH
 from support.questions import answered
 
@@ -254,9 +255,9 @@ def test_a_whole_surrogate_pair_is_a_character() -> None:
 
 def test_a_line_of_exactly_the_size_limit_is_parsed() -> None:
     empty = line(type="progress", message="")
-    full = line(type="progress", message="x" * (jsonl.MAX_LINE_BYTES - len(empty)))
+    full = line(type="progress", message="x" * (MAX_JSONL_LINE_BYTES - len(empty)))
 
-    assert len(full) == jsonl.MAX_LINE_BYTES
+    assert len(full) == MAX_JSONL_LINE_BYTES
     assert isinstance(parse(full), ProgressMessage)
 
 

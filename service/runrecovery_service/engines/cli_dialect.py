@@ -53,6 +53,7 @@ from runrecovery_service.engines.dialect import (
     SessionMessage,
     UsageMessage,
 )
+from runrecovery_service.engines.message_limits import MAX_CLI_LINE_BYTES, MAX_FINAL_MESSAGE_BYTES
 from runrecovery_service.engines.permissions import (
     LEAST_VERSION,
     DeferredCalls,
@@ -60,9 +61,7 @@ from runrecovery_service.engines.permissions import (
     returns_to_call,
 )
 
-MAX_LINE_BYTES: Final = 4 << 20
-"""Longest event line. Events quote the output of tools."""
-MAX_TEXT_CHARS: Final = 2 * final_message.MAX_BYTES
+MAX_TEXT_CHARS: Final = 2 * MAX_FINAL_MESSAGE_BYTES
 """How much of the latest text is kept: its end."""
 MAX_MESSAGE_CHARS: Final = 2000
 MAX_RETRY_CHARS: Final = 200
@@ -115,7 +114,7 @@ class CliDialect:
     retry_on_stderr: re.Pattern[str] | None = None
     reports_cost: bool = False
     permissions: Permissions | None = None
-    max_line_bytes: int = MAX_LINE_BYTES
+    max_line_bytes: int = MAX_CLI_LINE_BYTES
     ends_once: bool = False
 
     def open(self, run: RunContext, resumed: Resumed | None) -> Opening:

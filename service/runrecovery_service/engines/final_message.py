@@ -15,11 +15,9 @@ from runrecovery_service.domain.run import InteractionKind, JsonObject, JsonValu
 from runrecovery_service.domain.storable_text import storable
 from runrecovery_service.engines import questions
 from runrecovery_service.engines.dialect import AskMessage, ProtocolError, ResultMessage
+from runrecovery_service.engines.message_limits import MAX_FINAL_MESSAGE_BYTES
 from runrecovery_service.engines.strict_json import read_first_object
 
-MAX_BYTES: Final = 1 << 20
-"""The most bytes of a text that are kept, from its end. A line of a JSON-lines engine has the same
-limit, so every run's output fits into one gRPC message."""
 TRIES: Final = 4
 """How many `{` are tried as the beginning of the object: the first ones, then the last ones."""
 
@@ -30,7 +28,7 @@ _FENCE: Final = "`~ \t\r\n"
 
 def parse(text: str) -> AskMessage | ResultMessage:
     """Return the question or the result in the last text of a turn."""
-    match _closing_object(text[-MAX_BYTES:]):
+    match _closing_object(text[-MAX_FINAL_MESSAGE_BYTES:]):
         case {"ask_user": asked, **others} if not others and (found := _question(asked)):
             return AskMessage(question=found)
         case {"result": dict(output), **others} if not others:
@@ -75,7 +73,7 @@ def _question(asked: JsonValue) -> Question | None:
 
 def _as_output(text: str) -> JsonObject:
     """Return the text as an output that can be stored. A long text loses its beginning."""
-    data = storable(text[-MAX_BYTES:]).encode()
-    if len(data) <= MAX_BYTES and len(text) <= MAX_BYTES:
+    data = storable(text[-MAX_FINAL_MESSAGE_BYTES:]).encode()
+    if len(data) <= MAX_FINAL_MESSAGE_BYTES and len(text) <= MAX_FINAL_MESSAGE_BYTES:
         return {"text": data.decode()}
-    return {"text": data[-MAX_BYTES:].decode("utf-8", "ignore"), "truncated": True}
+    return {"text": data[-MAX_FINAL_MESSAGE_BYTES:].decode("utf-8", "ignore"), "truncated": True}

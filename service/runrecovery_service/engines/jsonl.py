@@ -31,13 +31,11 @@ from runrecovery_service.engines.dialect import (
     UnknownMessage,
     UsageMessage,
 )
+from runrecovery_service.engines.message_limits import MAX_JSONL_LINE_BYTES, MAX_SESSION_CHARS
 from runrecovery_service.engines.strict_json import read_object
 
 SESSION_TYPE: Final = "jsonl"
 """The type of this protocol's session handles."""
-MAX_LINE_BYTES: Final = 1 << 20
-"""Longest line that an engine may print, including its newline."""
-MAX_SESSION_CHARS: Final = 4096
 SESSION_SHOWN: Final = b'{"type":"session","value":"[secret]"}'
 """Replaces the line that names a session in the stored output."""
 
@@ -106,8 +104,8 @@ def parse(line: bytes) -> Message:
     Raises:
         ProtocolError: the line is not an object of the protocol.
     """
-    if len(line) > MAX_LINE_BYTES:
-        raise ProtocolError(f"a line is longer than {MAX_LINE_BYTES} bytes")
+    if len(line) > MAX_JSONL_LINE_BYTES:
+        raise ProtocolError(f"a line is longer than {MAX_JSONL_LINE_BYTES} bytes")
     message = read_object(line)
     kind = message.get("type")
     match kind:
@@ -128,7 +126,7 @@ def parse(line: bytes) -> Message:
 
 
 def _text(
-    message: JsonObject, name: str, *, at_most: int = MAX_LINE_BYTES, empty: bool = False
+    message: JsonObject, name: str, *, at_most: int = MAX_JSONL_LINE_BYTES, empty: bool = False
 ) -> str:
     value = message.get(name)
     if not isinstance(value, str):
@@ -196,7 +194,7 @@ class JsonLines:
     """
 
     session_type = SESSION_TYPE
-    max_line_bytes = MAX_LINE_BYTES
+    max_line_bytes = MAX_JSONL_LINE_BYTES
     ends_once = True
     reports_cost = True
     buffered_bytes = 0

@@ -15,7 +15,7 @@ from runrecovery.v1 import run_service_pb2 as run_pb
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.domain.usage import MAX_BUDGET_TOKENS, MAX_BUDGET_USD
 from runrecovery_service.engines.catalog import Engine
-from runrecovery_service.engines.jsonl import MAX_SESSION_CHARS
+from runrecovery_service.engines.message_limits import MAX_SESSION_CHARS
 from runrecovery_service.rpc import enums, json_values, times
 from runrecovery_service.rpc.errors import clip
 
