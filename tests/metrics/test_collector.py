@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import structlog
+from runrecovery_service.counters import Meters, SharedCounter
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.meters import Meters, SharedCounter
 from runrecovery_service.metrics import collector
 from runrecovery_service.metrics.collector import Collector, Counts, StoredCounts
 from runrecovery_service.metrics.exposition import render

@@ -9,7 +9,7 @@ from typing import cast
 
 import grpc
 import pytest
-from runrecovery_service.meters import Meters
+from runrecovery_service.counters import Meters
 from runrecovery_service.rpc.call_meter import CallMeter, Context
 
 

@@ -1,6 +1,6 @@
 """Metrics at one moment as plain values, which the collector passes to its thread.
 
-`gauges.py` defines the gauges, and `meters.py` the counters and histograms.
+`gauges.py` defines the gauges, and `counters.py` the counters and histograms.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
 
-from runrecovery_service.meters import Counter, Histogram, Meters
+from runrecovery_service.counters import Counter, Histogram, Meters
 
 Labels: TypeAlias = tuple[str, ...]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from runrecovery_service import __version__
 from runrecovery_service.clock import Clock
+from runrecovery_service.counters import Meters
 from runrecovery_service.domain.retention import RetentionKind
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
-from runrecovery_service.meters import Meters
 from runrecovery_service.metrics import families, gauges
 from runrecovery_service.metrics.collector import Collector, Counts, StoredCounts
 from runrecovery_service.metrics.exposition import CONTENT_TYPE, render

@@ -13,11 +13,11 @@ from typing import Final, TypeVar
 
 import structlog
 
+from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
-from runrecovery_service.meters import Meters
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.recovery.reconcile import DeadInstance, Recovery
 from runrecovery_service.recovery.status import RecoveryStatus
@@ -140,7 +140,7 @@ class TakeoverLoop:
             self.on_taken()
         self.meters.takeovers.add("completed")
         for decided in report.decisions:
-            self.meters.takeover_runs.add_many(decided.count, decided.rule)
+            self.meters.takeover_runs.add(decided.rule, many=decided.count)
         log.info("takeover.completed", recovered_instance=name, runs=report.runs_scanned)
 
     async def _decide(self, work: Callable[[Database], R]) -> R:

@@ -94,7 +94,7 @@ class RefusalPace:
         Args:
             caller: its name; empty for all unknown ones.
         """
-        if self._ended.is_set() or not self._has_room(caller):
+        if not self._has_room(caller):
             return
         now_s = asyncio.get_running_loop().time()
         rate = self._rates.setdefault(caller, Rate(self._per_s))

@@ -16,6 +16,7 @@ from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.claim import claim_epoch, this_host, this_start
 from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
+from runrecovery_service.counters import Meters
 from runrecovery_service.domain.reconciliation import Containment
 from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.execution.found_ends import EndFinder
@@ -25,7 +26,6 @@ from runrecovery_service.lease_renewal import tree_deadline_ns
 from runrecovery_service.locks import ServiceLocks, runs_dir
 from runrecovery_service.lost_commits import noted_loss
 from runrecovery_service.machine_limits import open_cgroup_parent
-from runrecovery_service.meters import Meters
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 import structlog
 
 from runrecovery_service import daemon_threads
+from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import NotNow, RunRecoveryError
-from runrecovery_service.meters import Meters
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.changes import (
     Changes,

@@ -12,7 +12,7 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from runrecovery_service.meters import Meters
+from runrecovery_service.counters import Meters
 
 log = structlog.get_logger()
 

@@ -45,10 +45,6 @@ class Counter:
         """Count one event, or `many` events."""
         self.values[labels] = self.values.get(labels, 0) + many
 
-    def add_many(self, count: int, *labels: str) -> None:
-        """Count several events at once."""
-        self.values[labels] = self.values.get(labels, 0) + count
-
     def show_zero(self, *labels: str) -> None:
         """Begin the series with 0: Prometheus misses the increase of a series that begins at 1."""
         self.values.setdefault(labels, 0)
