@@ -51,7 +51,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         name="second-resume-waits-twice-as-long",
-        file="domain/interruption.py",
+        file="domain/resume_backoff.py",
         old="2.0 ** min(resumes - 1, 10)",
         new="2.0 ** min(resumes, 10)",
         test="tests/storage/test_resume.py",
@@ -128,14 +128,14 @@ MUTANTS: Final = (
     ),
     Mutant(
         name="new-process-beside-an-unkillable-one",
-        file="storage/turn_starts.py",
+        file="storage/queue_order.py",
         old="l.state = 'KILL_PENDING'",
         new="l.state = 'KILLED'",
         test="tests/storage/test_launch_records.py",
     ),
     Mutant(
         name="last-in-first-out",
-        file="storage/turn_starts.py",
+        file="storage/queue_order.py",
         old='" ORDER BY queued_at, id LIMIT 1"',
         new='" ORDER BY queued_at DESC, id LIMIT 1"',
         test="tests/storage/test_turns.py",
@@ -254,7 +254,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         name="living-replica-taken-over",
-        file="storage/takeover.py",
+        file="storage/dead_instances.py",
         old="i.lease_until <= {now} AND COALESCE",
         new="i.lease_until > 0 AND COALESCE",
         test="tests/replicas/test_takeover.py",
@@ -268,14 +268,14 @@ MUTANTS: Final = (
     ),
     Mutant(
         name="paused-run-taken-by-a-peer",
-        file="storage/sharing.py",
+        file="storage/work_stealing.py",
         old="r.owner_epoch = i.epoch AND r.resume_due_us IS NULL",
         new="r.owner_epoch = i.epoch",
         test="tests/replicas/test_sharing.py",
     ),
     Mutant(
         name="run-with-living-process-handed-over",
-        file="storage/sharing.py",
+        file="storage/movable_runs.py",
         old="WHERE l.run = r.id AND l.state <> 'CLOSED')",
         new="WHERE l.run = r.id AND l.state = 'NONE')",
         test="tests/replicas/test_sharing.py",
@@ -387,9 +387,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         name="safe-mode-one-start-late",
-        file="recovery/reconcile.py",
-        old="return unfinished >= limits.safe_mode_after",
-        new="return unfinished > limits.safe_mode_after",
+        file="recovery/safe_mode.py",
+        old="owner, since) >= after",
+        new="owner, since) > after",
         test="tests/crash/test_recovery_matrix.py",
     ),
     Mutant(

@@ -130,13 +130,13 @@ def test_runs_are_updated_only_in_the_files_that_compare_and_set() -> None:
     # storage/interruptions.py and storage/found_ends.py add to the runs of a batch that
     # storage/recovery_apply.py decides.
     # storage/stale_bindings.py clears the sessions of ended runs.
-    # storage/sharing.py changes the owner of runs that have no process.
+    # storage/work_stealing.py and storage/hand_over.py change the owner of runs without a process.
     # storage/usage.py adds to counters, which are no part of a run's state, and names the epoch.
     assert writers == {
         "storage/runs.py", "storage/recovery_apply.py", "storage/reopening.py",
         "storage/deadlines.py", "storage/session_checks.py", "storage/interruptions.py",
         "storage/usage.py", "storage/found_ends.py", "storage/stale_bindings.py",
-        "storage/sharing.py",
+        "storage/work_stealing.py", "storage/hand_over.py",
     }  # fmt: skip
 
 
