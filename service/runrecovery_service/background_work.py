@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.webhooks.webhooks import Webhooks
 

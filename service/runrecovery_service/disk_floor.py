@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +12,7 @@ import structlog
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal

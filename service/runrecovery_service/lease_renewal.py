@@ -7,7 +7,7 @@ it on. If renewals stop, the shims kill the trees before another instance may ta
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 import structlog
@@ -16,6 +16,7 @@ from runrecovery_service.domain.errors import Fenced, error_facts
 from runrecovery_service.domain.start_errors import LeaseLost
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.execution.running_turns import RunningTurns
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.renewal_note import RenewalNote

@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
@@ -17,6 +16,7 @@ from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable, error_facts, is_outage
 from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.start_errors import LeaseLost, StoreLost
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.listeners import Listeners
 from runrecovery_service.lost_commits import forget_loss
 from runrecovery_service.ownership import Ownership

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
 from runrecovery_service.config.settings import Settings
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.listen_address import bound_address
 from runrecovery_service.rpc.server import GrpcServer
 

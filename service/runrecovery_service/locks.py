@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +12,7 @@ import structlog
 from runrecovery_service import paths
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import DatabaseRefused, DataDirRefused
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.file_locks import Lock, LockFile
 from runrecovery_service.storage.sqlite_file import path_lock, sqlite_path
 

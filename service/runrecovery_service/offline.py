@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from runrecovery_service import paths
@@ -20,6 +19,7 @@ from runrecovery_service.domain.start_errors import (
     OpenFilesRefused,
 )
 from runrecovery_service.extras import missing_packages
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.locks import ServiceLocks, runs_dir, sqlite_file
 from runrecovery_service.machine_limits import open_cgroup_parent, plan_open_files
 from runrecovery_service.process.agent_command import launch_problem

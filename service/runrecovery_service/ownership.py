@@ -7,8 +7,9 @@ exchanges changes with other instances.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.lease_renewal import LeaseRenewal
 from runrecovery_service.locks import ServiceLocks
 from runrecovery_service.peer_changes import notice_loops, shared_poll

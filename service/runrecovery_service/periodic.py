@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import structlog
 
 from runrecovery_service.clock import wait_within
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.stop_signal import StopSignal
 
 log = structlog.get_logger()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -17,6 +16,7 @@ from runrecovery_service.domain.start_errors import (
     RecoveryGaveUp,
     RecoveryInterrupted,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.recovery.hand_over import HandOver
 from runrecovery_service.recovery.reconcile import Recovery

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Final, TypeAlias
 
 import structlog
@@ -13,6 +13,7 @@ from runrecovery_service import daemon_threads
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.reloading import RELOADABLE, ReloadPlan, plan_reload
 from runrecovery_service.config.settings import Settings
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.systemd import SystemdNotifier
 
 log = structlog.get_logger()

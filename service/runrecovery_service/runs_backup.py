@@ -6,11 +6,12 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from runrecovery_service.data_dir_store import STORE_FILE
 from runrecovery_service.domain.start_errors import BackupRefused, DataDirRefused
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.safe_open import open_regular
 
 

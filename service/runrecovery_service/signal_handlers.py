@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 import structlog
 
 from runrecovery_service import early_signals
 from runrecovery_service.background_stream import drain_stderr
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import prctl
 from runrecovery_service.reload import Reloader
 from runrecovery_service.stop_signal import StopSignal

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 import structlog
@@ -19,6 +19,7 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Fenced, error_facts
 from runrecovery_service.domain.start_errors import StartRefused
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal

@@ -10,12 +10,13 @@ import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import CLOCK_MONOTONIC, clock_gettime_ns
 from typing import Final, Self
 
 import structlog
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.gate import Gate, ServiceState
 
 log = structlog.get_logger()

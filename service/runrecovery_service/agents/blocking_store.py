@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.agents.workspaces import Workspaces
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.shim_journal import killed_by_shim

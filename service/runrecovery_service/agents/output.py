@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from runrecovery_service.agents.workspaces import REST_SUFFIX, Workspaces
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.safe_open import open_regular
 
 

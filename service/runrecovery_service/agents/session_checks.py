@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Final
 
 from runrecovery_service import daemon_threads
@@ -22,6 +22,7 @@ from runrecovery_service.domain.usage import StoredUsage
 from runrecovery_service.engines.catalog import Catalog, Engine, check_sessions
 from runrecovery_service.engines.sessions.files import CliSessions, SessionObservation
 from runrecovery_service.engines.sessions.repair import Repair
+from runrecovery_service.lazy_dataclass import dataclass
 
 SESSION_TIMEOUT_S: Final = 10.0
 """How long the file system of a session may take to answer."""

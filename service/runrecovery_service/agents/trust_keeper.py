@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -28,6 +28,7 @@ from runrecovery_service.agents.trust_removal import (
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.domain.run import Run
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.storage import trust
 from runrecovery_service.storage.database import Database

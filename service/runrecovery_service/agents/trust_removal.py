@@ -9,13 +9,14 @@ again, because a CLI that had read the file before may write the entry back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
 
 from runrecovery_service.domain.reconciliation import TrustRemoval
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.trust import EntryOutcome, EntryUpdate, NotRemoved, TrustEntry
 from runrecovery_service.trust import config_files
 from runrecovery_service.trust.entry import Added, Made, Outcome

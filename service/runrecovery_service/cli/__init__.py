@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Final, NoReturn
 
@@ -18,6 +17,7 @@ from runrecovery_service import __version__, early_signals
 from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.cli import streams
 from runrecovery_service.cli.failure import Failure
+from runrecovery_service.lazy_dataclass import dataclass
 
 FAILED: Final = 1
 INTERRUPTED: Final = early_signals.INTERRUPTED

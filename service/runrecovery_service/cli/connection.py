@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Final, TypeVar
 
@@ -18,6 +17,7 @@ from runrecovery_service.cli.exit_codes import ExitCode, of_class
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.printing import Columns, json_line, print_table
 from runrecovery_service.config import defaults
+from runrecovery_service.lazy_dataclass import dataclass
 
 MessageT = TypeVar("MessageT", bound=Message)
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])

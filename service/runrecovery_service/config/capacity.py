@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 BYTES_A_RUN: Final = 1024**3
 """Memory of one agent process with its tools, as `default_capacity` estimates it."""

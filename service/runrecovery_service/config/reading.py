@@ -10,7 +10,7 @@ import errno
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,7 @@ from runrecovery_service.config.values import InvalidValue, Reader
 from runrecovery_service.config.webhooks import webhook_contradictions, webhooks_together
 from runrecovery_service.domain.run import Profile, RestartPolicy
 from runrecovery_service.engines.presets import PRESETS, Preset
+from runrecovery_service.lazy_dataclass import dataclass
 
 T = TypeVar(
     "T",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Final
 
 from runrecovery_service.config.contradictions import contradictions
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import Settings, TlsSettings
+from runrecovery_service.lazy_dataclass import dataclass
 
 RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines", "webhooks"})
 """The keys that a reload applies. All others need a restart."""

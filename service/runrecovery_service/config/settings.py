@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -16,6 +16,7 @@ from runrecovery_service.domain.session_check import UnknownSession
 from runrecovery_service.domain.usage import MAX_BUDGET_TOKENS, MAX_BUDGET_USD
 from runrecovery_service.domain.webhook import WebhookEvent
 from runrecovery_service.engines.presets import Preset
+from runrecovery_service.lazy_dataclass import dataclass
 
 DEFAULT_ENV_ALLOW: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
 _DAY_S: Final = 86_400.0

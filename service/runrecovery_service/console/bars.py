@@ -6,8 +6,9 @@ The pages draw them as SVG, because their policy allows no style in an element.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 BAR_UNITS: Final = 1000
 """Width of a whole bar."""

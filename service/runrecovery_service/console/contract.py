@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import grpc
@@ -14,6 +13,7 @@ from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_serv
 
 from runrecovery_service.domain.run import JsonValue
 from runrecovery_service.http.calls import CallFailed, CallOrigin, ContractCalls
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.json_values import write_value
 
 _RUNS: Final = "runrecovery.v1.RunService"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import grpc
@@ -13,6 +12,7 @@ import structlog
 
 from runrecovery_service.console.contract import Contract
 from runrecovery_service.http.calls import CallFailed
+from runrecovery_service.lazy_dataclass import dataclass
 
 POLL_S: Final = 1.0
 """Pause between two reads of a list. The contract has no events for changes of a list."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 
 from runrecovery.v1 import recovery_service_pb2 as pb
@@ -10,6 +9,7 @@ from runrecovery.v1 import recovery_service_pb2 as pb
 from runrecovery_service.console.bars import BarPart, bar
 from runrecovery_service.console.moments import Moment, moment, to_datetime
 from runrecovery_service.console.words import Word, status_word
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Final
 
 import grpc
@@ -14,6 +13,7 @@ from runrecovery.v1 import run_service_pb2
 from runrecovery_service.console.contract import Contract
 from runrecovery_service.console.shown_text import shown
 from runrecovery_service.http.calls import CallFailed
+from runrecovery_service.lazy_dataclass import dataclass
 
 WINDOW_BYTES: Final = 32 * 1024
 """Output on one page. Earlier output is a link away."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from runrecovery.v1 import recovery_service_pb2 as pb
@@ -12,6 +11,7 @@ from runrecovery_service.console.bars import BarPart, bar
 from runrecovery_service.console.moments import duration_text
 from runrecovery_service.console.reports import RuleCount, rule_counts
 from runrecovery_service.console.words import Word, count, outcome_word, recovery_word, status_word
+from runrecovery_service.lazy_dataclass import dataclass
 
 _LOSES_WORK: Final = {
     pb.PLANNED_OUTCOME_RESTARTED,

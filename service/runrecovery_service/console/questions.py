@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Final
 
@@ -18,6 +18,7 @@ from runrecovery.v1 import run_pb2
 from runrecovery_service.console.moments import Moment, moment
 from runrecovery_service.console.words import KINDS
 from runrecovery_service.domain.run import JsonObject, JsonValue
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.json_values import InvalidJson, read_struct, read_value, write_value
 
 MAX_BUTTONS: Final = 6

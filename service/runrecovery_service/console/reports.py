@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -20,6 +19,7 @@ from runrecovery_service.console.words import (
     count,
     recovery_word,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 
 _PHASES: Final = {
     "orphans": "kill orphans",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from typing import Final
 from urllib.parse import urlencode
@@ -14,6 +14,7 @@ from runrecovery.v1 import run_pb2, run_service_pb2
 
 from runrecovery_service.console.moments import Moment, moment
 from runrecovery_service.console.words import STATUS_BY_NAME, Word, recovery_word, status_word
+from runrecovery_service.lazy_dataclass import dataclass
 
 PAGE_SIZE: Final = 50
 _RUN_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -20,6 +19,7 @@ from runrecovery_service.console.words import (
     recovery_word,
     status_word,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 
 MAX_DECISIONS: Final = 20
 """Decisions of restarts about a run that its page shows: the latest ones."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import accumulate
 from typing import Final
@@ -13,6 +12,7 @@ from runrecovery.v1 import run_pb2
 from runrecovery_service.console.bars import BarPart, bar, shares
 from runrecovery_service.console.moments import Moment, duration_text, moment, to_datetime
 from runrecovery_service.console.words import recovery_word
+from runrecovery_service.lazy_dataclass import dataclass
 
 _TITLES: Final = {
     run_pb2.RUN_EVENT_KIND_CREATED: ("Created", "calm"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 from urllib.parse import urlsplit
@@ -21,6 +20,7 @@ from starlette.responses import Response
 from runrecovery_service.domain.caller import Caller
 from runrecovery_service.domain.role import Role
 from runrecovery_service.http.calls import CallOrigin
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.callers import CallerGuard
 
 MAX_AGE_S: Final = 12 * 3600

@@ -6,11 +6,12 @@ A tone is the name of a colour. It always comes with a word, so that nobody need
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

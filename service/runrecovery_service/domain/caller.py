@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from hashlib import sha256
 from typing import Final
 
 from runrecovery_service.domain.errors import EngineNotAllowed, RoleNotSufficient, RunNotFound
 from runrecovery_service.domain.role import Role
+from runrecovery_service.lazy_dataclass import dataclass
 
 MIN_TOKEN_BITS: Final = 128
 MIN_DISTINCT_CHARS: Final = 8

@@ -8,9 +8,10 @@ After another boot, or on another machine, only the wall clock shows how much ti
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ RunRecoveryError
 ├── Conflict: RunAlreadyExists, RequestIdReused
 ├── Refused: RunNotWaiting, InteractionSuperseded, RunAlreadyTerminal, RunQuarantined,
 │   RunOfAnotherInstance, RunNotReopenable, SessionNotResumable
-├── EtagMismatch
-├── CallerUnknown
+├── EtagMismatch, CallerUnknown
 ├── Denied: RoleNotSufficient, EngineNotAllowed
 ├── NotNow: ReconciliationInProgress, ShuttingDown, SafeMode, StorageBusy, StorageUnavailable
 ├── Exhausted: Overloaded, CallerOverloaded, StorageFull, SlowReader
@@ -25,8 +24,10 @@ RunRecoveryError
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 class RunRecoveryError(Exception):

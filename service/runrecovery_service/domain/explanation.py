@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Final
@@ -22,6 +21,7 @@ from runrecovery_service.domain.session_check import (
     SessionFinding,
     SessionVerdict,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 
 RULE_TEXTS: Final[Mapping[str, str]] = MappingProxyType(
     {rule.name: rule.because for rule in MATRIX}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from runrecovery_service.domain.recovery_matrix import Fact
 from runrecovery_service.domain.turn import Asked, Succeeded
 from runrecovery_service.domain.usage import TurnUsage
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
 from runrecovery_service.domain.run import Interaction
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 class InterruptionCause(StrEnum):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from runrecovery_service.domain.run import JsonObject, JsonValue
+from runrecovery_service.lazy_dataclass import dataclass
 
 ALLOW: Final = "allow"
 DENY: Final = "deny"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -16,6 +15,7 @@ from runrecovery_service.domain.recovery_matrix import (
     decide,
 )
 from runrecovery_service.domain.run import ErrorCode, Profile, RecoveryState, RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from enum import StrEnum
 
 from runrecovery_service.domain.run import RecoveryState
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 class Cause(StrEnum):

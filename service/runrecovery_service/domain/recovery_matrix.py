@@ -7,11 +7,11 @@ wins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Final
 
 from runrecovery_service.domain.run import ErrorCode, Profile, RecoveryState, RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 class Fact(Flag):

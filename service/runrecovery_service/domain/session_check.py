@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 _FINGERPRINT: Final = re.compile(r"([0-9]{1,19}) (-?[0-9]{1,19})")
 

@@ -11,7 +11,7 @@ StartRefused
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 class StartRefused(Exception):

@@ -6,12 +6,12 @@ A cancel is not among these ends. It is accepted independently of the turn and w
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.run import ErrorCode, JsonObject, Question, RunError
+from runrecovery_service.lazy_dataclass import dataclass
 
 RUN_TIMEOUT: Final = "The run took longer than its engine allows."
 SHIM_LOST: Final = (

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Final
 
 from runrecovery_service.domain.storable_text import is_storable
+from runrecovery_service.lazy_dataclass import dataclass
 
 MAX_TOKENS: Final = 10**12
 """The most tokens that one report can have; sums of reports fit 64 bits."""

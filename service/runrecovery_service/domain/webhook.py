@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from runrecovery_service.domain.run import RunEventKind, RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 class WebhookEvent(StrEnum):

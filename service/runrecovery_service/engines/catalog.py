@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from runrecovery_service.domain.usage import UNLIMITED, Budget
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.jsonl import JSON_LINES
 from runrecovery_service.engines.sessions.files import CliSessions, NamedFiles, SessionStore
+from runrecovery_service.lazy_dataclass import dataclass
 
 _FILE_SAFE: Final = re.compile(r"[A-Za-z0-9._-]{1,512}")
 _PLACEHOLDER: Final = re.compile(r"\{(workspace|value)\}")

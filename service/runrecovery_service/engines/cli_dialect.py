@@ -11,7 +11,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 from uuid import uuid4
 
@@ -60,6 +60,7 @@ from runrecovery_service.engines.permissions import (
     Permissions,
     returns_to_call,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 
 MAX_TEXT_CHARS: Final = 2 * MAX_FINAL_MESSAGE_BYTES
 """How much of the latest text is kept: its end."""

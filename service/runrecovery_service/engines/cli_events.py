@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final, TypeAlias
 
 from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.domain.usage import Usage
+from runrecovery_service.lazy_dataclass import dataclass
 
 REFUSED: Final = (401, 403)
 """HTTP statuses by which a model refuses the credentials of its caller."""

@@ -7,13 +7,14 @@ the lines that the process prints. Both are pure: `execution/` handles pipes, fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from runrecovery_service.domain.interruption import Interruption
 from runrecovery_service.domain.run import Interaction, JsonObject, Question, RunError, Session
 from runrecovery_service.domain.usage import SessionUsage, TurnUsage
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 class ProtocolError(Exception):

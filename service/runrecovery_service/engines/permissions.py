@@ -9,7 +9,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +26,7 @@ from runrecovery_service.domain.storable_text import is_storable
 from runrecovery_service.engines.dialect import Resumed, RunContext
 from runrecovery_service.engines.permission_hook import BLOCK, can_be_shown
 from runrecovery_service.engines.tool_patterns import first_match
+from runrecovery_service.lazy_dataclass import dataclass
 
 if TYPE_CHECKING:
     from runrecovery_service.engines.cli_events import TurnDeferred

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 if TYPE_CHECKING:
     from runrecovery_service.engines.cli_dialect import CliDialect

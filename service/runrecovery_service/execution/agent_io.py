@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,7 @@ from runrecovery_service.execution.pipes import (
 )
 from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_state import LineRead, ProtocolBroken, Signal, TurnEvent
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.shim_journal import record_kept
 from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.spool import READ_BYTES

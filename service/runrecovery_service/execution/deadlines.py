@@ -7,7 +7,7 @@ down are carried out right after its start.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 import structlog
@@ -17,6 +17,7 @@ from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import Fenced, error_facts
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.execution.running_turns import RunningTurns
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import deadlines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import monotonic
 from typing import Final
 
@@ -16,6 +16,7 @@ from runrecovery_service.execution.run_queue import RunQueue
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import FailureLog
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.changes import Subscription

@@ -7,7 +7,6 @@ An end counts only if three conditions are proved. The shim has recorded that th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -36,6 +35,7 @@ from runrecovery_service.execution.turn_state import (
     TurnState,
     advance,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.shim_journal import read_end
 from runrecovery_service.storage.found_ends import OpenTurn
 

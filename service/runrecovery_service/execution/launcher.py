@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -27,6 +27,7 @@ from runrecovery_service.execution.pipes import fill
 from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.execution.turn_log import retry_until_done
 from runrecovery_service.execution.turn_records import TurnRecords
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.process.agent_command import agent_environment
 from runrecovery_service.process.boot_clock import boot_time_ns

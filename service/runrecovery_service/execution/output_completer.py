@@ -10,7 +10,6 @@ a beginning of the redacted rest, and only the remainder is appended.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +21,7 @@ from runrecovery_service.domain.errors import UnknownEngine
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.engines.dialect import HandleUnusable, Listener, ProtocolError
 from runrecovery_service.execution.found_ends import kept_turn
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.process.shim_journal import RecordedRest, read_rest, record_kept
 from runrecovery_service.storage.found_ends import OpenTurn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import monotonic
 from typing import Final
 
@@ -11,6 +11,7 @@ from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.supervisor import TurnSupervisor
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import FailureLog
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import turns

@@ -7,7 +7,7 @@ of the queue is in `storage/queue_order.py`.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import monotonic
 from typing import Final
 
@@ -15,6 +15,7 @@ import structlog
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.engines.catalog import Catalog
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import turn_starts, work_stealing
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.execution.tree_deadline import TreeDeadline
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

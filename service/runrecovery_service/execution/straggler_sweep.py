@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 import structlog
@@ -19,6 +19,7 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.execution.blocking import run_blocking
 from runrecovery_service.execution.launcher import Launcher
 from runrecovery_service.execution.running_turns import RunningTurns
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.stop_signal import StopSignal

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Final, TypeGuard
 
@@ -71,6 +71,7 @@ from runrecovery_service.execution.turn_state import (
     TurnState,
     advance,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.ending import NOTHING_LEFT, Ending
 from runrecovery_service.process.launch_errors import LaunchFailed
 from runrecovery_service.process.shimmed_process import ShimmedProcess

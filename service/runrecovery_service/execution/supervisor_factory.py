@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runrecovery_service.agents.output import OutputFiles
@@ -16,6 +15,7 @@ from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_permissions import TurnPermissions
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.execution.turn_sessions import TurnSessions
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.turns import Turn

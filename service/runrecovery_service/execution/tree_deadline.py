@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.boot_clock import boot_time_ns
 
 

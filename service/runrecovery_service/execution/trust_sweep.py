@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import monotonic
 from typing import Final
 
@@ -17,6 +17,7 @@ import structlog
 
 from runrecovery_service.agents.trust_keeper import LEFT, TrustKeeper
 from runrecovery_service.execution.blocking import run_blocking
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import Backoff, PeriodicTask
 from runrecovery_service.stop_signal import StopSignal
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +13,7 @@ import structlog
 from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.run import Run, RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.storage.driver_errors import is_unstorable
 

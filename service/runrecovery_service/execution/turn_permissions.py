@@ -7,7 +7,6 @@ file before the tool call can begin. This file proves that the process has used 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +14,7 @@ from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.domain.run import Interaction
 from runrecovery_service.engines.permissions import deferred_calls, returns_to_call, used_mark
 from runrecovery_service.execution.turn_records import TurnRecords
+from runrecovery_service.lazy_dataclass import dataclass
 
 LOOK_S: Final = 0.1
 USED_BEFORE: Final = "The permission was already used by a process that was lost with the service."

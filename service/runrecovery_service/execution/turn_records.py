@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
 
 from runrecovery_service.clock import Clock
@@ -13,6 +12,7 @@ from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import TurnEnd
 from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.execution.turn_log import TurnLog, retry_until_done
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import instances, interactions, launch_records, turn_ends, turns
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database

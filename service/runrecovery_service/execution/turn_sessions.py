@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +23,7 @@ from runrecovery_service.engines.sessions.repair import NotRepairable
 from runrecovery_service.engines.sessions.stored_usage import FEWER_CALLS, UsageNotKnown
 from runrecovery_service.execution.launcher import Launch
 from runrecovery_service.execution.turn_records import TurnRecords
+from runrecovery_service.lazy_dataclass import dataclass
 
 NOT_ENDED: Final = "not_ended"
 HOME_CHECK_S: Final = 1.0

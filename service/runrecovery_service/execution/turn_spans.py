@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.spans import NO_FACTS, TURN, Span, Tracer, turn_facts
 from runrecovery_service.storage.turns import Turn
 

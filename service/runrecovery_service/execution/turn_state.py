@@ -6,7 +6,7 @@ supervisor must carry out before the next event. `tests/execution/test_turn_stat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum, auto
 from typing import Final, TypeAlias
 
@@ -24,6 +24,7 @@ from runrecovery_service.engines.dialect import (
     UnknownMessage,
     UsageMessage,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.shim_events import (
     Empty,
     EndsItself,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
 from email.utils import formatdate
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.callers import AUTHORIZATION
 from runrecovery_service.rpc.errors import STATUS_TRAILER
 

@@ -7,7 +7,6 @@ import base64
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
@@ -16,6 +15,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 
 from runrecovery_service.http.call_context import CallFailed, Detail
+from runrecovery_service.lazy_dataclass import dataclass
 
 R = TypeVar("R")
 

@@ -9,11 +9,11 @@ Such a page can reach an address to which only the browser's user has access, in
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
 from runrecovery_service.http.asgi import Headers, Response, Scope, header_values
+from runrecovery_service.lazy_dataclass import dataclass
 
 _AUTHORITY: Final = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[^:\[\]]+)(?::(?P<port>[0-9]{1,5}))?")
 

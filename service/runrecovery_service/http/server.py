@@ -7,7 +7,6 @@ import logging
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -16,6 +15,7 @@ from uvicorn.config import Config
 from runrecovery_service.http.asgi import Application
 from runrecovery_service.http.connections import Connection, ConnectionTable
 from runrecovery_service.http.tls import HttpTls
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.listen_address import bind_sockets
 
 KEEP_ALIVE_S: Final = 60

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.clock import Clock
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.metrics.families import Family
 from runrecovery_service.periodic import FailureLog
 from runrecovery_service.storage.run_counts import RunCount

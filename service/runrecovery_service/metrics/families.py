@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
 
 from runrecovery_service.counters import Counter, Histogram, Meters
+from runrecovery_service.lazy_dataclass import dataclass
 
 Labels: TypeAlias = tuple[str, ...]
 

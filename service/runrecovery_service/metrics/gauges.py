@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter as Count
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
 from runrecovery_service.domain.run import TERMINAL, RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.metrics.families import Family, Kind, Labels
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.run_counts import RunCount

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from runrecovery_service import __version__
@@ -11,6 +10,7 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.counters import Meters
 from runrecovery_service.domain.retention import RetentionKind
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
 from runrecovery_service.metrics import families, gauges
 from runrecovery_service.metrics.collector import Collector, Counts, StoredCounts

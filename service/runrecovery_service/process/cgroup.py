@@ -6,8 +6,9 @@ environment are. No process is signalled through its cgroup.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 PROCS = "cgroup.procs"
 

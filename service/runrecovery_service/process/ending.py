@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Final
 
 from runrecovery_service.domain.reconciliation import Orphan
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.markers import Identity, Proof
 
 BY_SERVICE, BY_SHIM = "service", "shim"

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import wire
 from runrecovery_service.process.agent_command import find_program
 from runrecovery_service.process.launch_errors import LaunchFailed, launch_error

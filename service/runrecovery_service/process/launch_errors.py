@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import Final
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 TRANSIENT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 """System errors for a lack of descriptors, processes or memory, which others may free soon."""

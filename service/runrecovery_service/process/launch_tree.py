@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from runrecovery_service.domain.reconciliation import Orphan
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import procfs
 from runrecovery_service.process.ending import BY_SERVICE, NOTHING_LEFT, Ending
 from runrecovery_service.process.markers import (

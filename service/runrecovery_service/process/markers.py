@@ -21,10 +21,11 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Final, TypeAlias
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import procfs
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.procfs import Proc

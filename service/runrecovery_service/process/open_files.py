@@ -7,8 +7,9 @@ So client connections get the rest.
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
 from typing import Final
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 BASE: Final = 80
 """Descriptors for streams, locks, event loop and gRPC: some 50 in an idle service."""

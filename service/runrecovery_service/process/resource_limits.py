@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.pipe_size import LARGEST_BYTES
 
 

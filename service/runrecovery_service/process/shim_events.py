@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TypeAlias
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import wire
 
 

@@ -11,9 +11,9 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import signals, wire
 from runrecovery_service.process.markers import Identity
 from runrecovery_service.process.safe_open import open_regular, read_start

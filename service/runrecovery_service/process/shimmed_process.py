@@ -6,10 +6,11 @@ import os
 import select
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 from threading import Lock
 from typing import IO, Final, cast
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import wire
 from runrecovery_service.process.launch_errors import LaunchFailed, ShimLost, launch_error
 from runrecovery_service.process.shim_events import NotStarted, ShimEvent, Started, parse_event

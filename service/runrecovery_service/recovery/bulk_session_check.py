@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.domain.session_check import SessionCheck, SessionFinding, StoredHandle
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import session_checks
 from runrecovery_service.storage.database import Database

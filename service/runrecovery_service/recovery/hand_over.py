@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import structlog
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import hand_over, instances, use_case
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

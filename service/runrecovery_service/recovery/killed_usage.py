@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import NotKnown
 from runrecovery_service.engines.sessions.stored_usage import FEWER_CALLS, UsageNotKnown
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.recovery.bulk_session_check import STOP_POLL_S, WorkspaceOf
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.found_ends import OpenTurn

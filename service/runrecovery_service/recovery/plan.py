@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import datetime
 
 from runrecovery_service.clock import Clock
@@ -24,6 +24,7 @@ from runrecovery_service.domain.plan import (
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.run import Page, RunStatus
 from runrecovery_service.domain.session_check import SessionFinding
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.recovery.bulk_session_check import SESSIONS_PER_CHECK, BulkSessionCheck
 from runrecovery_service.recovery.find_end import FindEnd, find_no_end
 from runrecovery_service.storage import found_ends, launch_records, recovery_preview

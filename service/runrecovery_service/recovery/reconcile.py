@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
@@ -39,6 +39,7 @@ from runrecovery_service.domain.reconciliation import (
 )
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.batch_size import SMALLEST_BATCH, next_batch_rows

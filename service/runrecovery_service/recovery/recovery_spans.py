@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
 
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.spans import TURN, Span, Tracer, turn_facts
 from runrecovery_service.storage.cut_turns import CutTurn, cut_turns
 from runrecovery_service.storage.database import Database

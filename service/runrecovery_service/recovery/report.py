@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import datetime
 from itertools import starmap
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from runrecovery_service.domain.reconciliation import (
     ReconciliationState,
     TrustRemoval,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.recovery.report_warnings import run_quarantined
 from runrecovery_service.storage import reports
 from runrecovery_service.storage.database import Database

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from runrecovery_service.domain.reconciliation import Containment, Reconciliation
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 @dataclass(slots=True)

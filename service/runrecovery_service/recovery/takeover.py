@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Final, TypeVar
 
 import structlog
@@ -18,6 +18,7 @@ from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.recovery.reconcile import DeadInstance, Recovery
 from runrecovery_service.recovery.status import RecoveryStatus

@@ -15,12 +15,13 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from runrecovery_service.agents.output import is_output_name
 from runrecovery_service.domain.retention import RetentionKind
+from runrecovery_service.lazy_dataclass import dataclass
 
 REMOVED: Final = ".removed"
 _KEY: Final = re.compile(r"[1-9][0-9]{0,18}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from runrecovery_service import daemon_threads
@@ -15,6 +15,7 @@ from runrecovery_service.domain.retention import (
     RetentionKind,
     RunPosition,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.retention.sweep import RetentionSweep
 from runrecovery_service.storage import retention
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from functools import partial
 from time import monotonic
@@ -22,6 +22,7 @@ from runrecovery_service.domain.retention import (
     RetentionTotals,
     RunPosition,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.retention.files import RunFiles
 from runrecovery_service.retention.time_check import TimeCheck

@@ -6,7 +6,7 @@ is confirmed only after the service has run for an hour in which the clock was n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -14,6 +14,7 @@ import structlog
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import retention
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from typing import Any, Final, TypeAlias
 
@@ -26,6 +25,7 @@ import structlog
 from runrecovery_service.domain.caller import ANYONE, NOBODY, Caller, Credentials, token_problem
 from runrecovery_service.domain.errors import CallerOverloaded, CallerUnknown, Denied
 from runrecovery_service.domain.role import Role
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.refusal_pace import Rate, RefusalPace
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.rpc.certificate_key import key_problem
 

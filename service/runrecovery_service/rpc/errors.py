@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ from runrecovery.v1 import errors_pb2
 
 from runrecovery_service.domain import errors
 from runrecovery_service.domain.errors import FieldViolation, RunRecoveryError
+from runrecovery_service.lazy_dataclass import dataclass
 
 DOMAIN: Final = "runrecovery"
 STATUS_TRAILER: Final = "grpc-status-details-bin"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc import standard_handlers
 from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.gate import Access

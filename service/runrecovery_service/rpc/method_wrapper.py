@@ -11,7 +11,6 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 import grpc
@@ -29,6 +28,7 @@ from runrecovery_service.domain.errors import (
     SlowReader,
 )
 from runrecovery_service.domain.role import Role
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.callers import CALLER, CallerGuard

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Final
 
 from runrecovery.v1 import run_service_pb2 as pb
@@ -17,6 +16,7 @@ from runrecovery_service.domain.errors import (
     ShuttingDown,
 )
 from runrecovery_service.domain.run import Run
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc import validation
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.visibility import demand_visible

@@ -18,7 +18,7 @@ import hmac
 import secrets
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from google.protobuf.message import Message
@@ -28,6 +28,7 @@ from runrecovery_service.domain.errors import (
     PageTokenMismatch,
     WatchCursorInvalid,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.decision_feed import FeedCursor
 from runrecovery_service.storage.store_identity import store_key

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import structlog
@@ -18,6 +17,7 @@ from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.retention import PruneResult, RetentionKind
 from runrecovery_service.domain.role import Role
 from runrecovery_service.domain.run import Page
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc import (

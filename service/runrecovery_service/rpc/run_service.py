@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import TypeVar
@@ -25,6 +24,7 @@ from runrecovery_service.domain.run import NewRun, RestartPolicy, Run, RunFilter
 from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.domain.usage import Budget, cost_to_nanos
 from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc import enums, json_values, paging, run_messages, times, validation
 from runrecovery_service.rpc.callers import CALLER, caller_name
 from runrecovery_service.rpc.gate import Gate

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 HANDSHAKE_S: Final = 20.0
 """A new connection that has not finished its handshake after this time is closed."""

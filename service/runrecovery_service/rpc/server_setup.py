@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.gate import Gate

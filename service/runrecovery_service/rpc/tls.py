@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 from typing import Final
 
@@ -18,6 +18,7 @@ import grpc
 import structlog
 
 from runrecovery_service.domain.start_errors import TlsRefused
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.certificates import (
     Certificate,
     TlsFiles,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -20,6 +20,7 @@ from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery_service.domain.errors import ShuttingDown
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Run, RunEvent
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc import recovery_messages, run_messages, validation
 from runrecovery_service.rpc.fair_wakeup import FairWakeup
 from runrecovery_service.rpc.gate import Gate

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import CallersRefused
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.rpc.callers import CallerGuard, CallerTable
 from runrecovery_service.rpc.certificates import TlsUnusable

@@ -8,10 +8,10 @@ share, nothing is adopted.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database
 
 log = structlog.get_logger()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.recovery_matrix import QUESTION_RULE, RESULT_RULE
 from runrecovery_service.domain.run import Profile, RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.recovery_apply import Batch
 from runrecovery_service.storage.rows import from_us

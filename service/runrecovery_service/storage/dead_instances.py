@@ -6,8 +6,7 @@ An instance is dead once its lease has ended by the database's clock. After a pl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import json_value

@@ -9,7 +9,6 @@ cannot know the owner's clock, and leaves it out. The owner converts the deadlin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -17,6 +16,7 @@ from runrecovery_service.domain.deadline import DueKind, SteadyTime
 from runrecovery_service.domain.resume_backoff import LONGEST_DELAY_S
 from runrecovery_service.domain.run import ErrorCode, Profile, Run, RunStatus
 from runrecovery_service.domain.turn import RUN_TIMEOUT
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import instances, interactions, runs, use_case
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

@@ -8,7 +8,7 @@ of a dead instance (`reports.close_abandoned`), and a closed report takes no dec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from hashlib import sha256
 from typing import Final
 
@@ -16,6 +16,7 @@ from runrecovery_service.domain.errors import DecisionsPruned, WatchCursorInvali
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.recovery_matrix import REOPEN_RULE
 from runrecovery_service.domain.run import RecoveryInfo
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.rows import (

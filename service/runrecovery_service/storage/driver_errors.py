@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 import peewee as pw
 
 from runrecovery_service.domain.errors import StorageBusy, StorageFull, StorageUnavailable
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import postgresql
 
 DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (

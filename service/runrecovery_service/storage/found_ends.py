@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from runrecovery_service.domain.found_end import FoundEnd
@@ -18,6 +18,7 @@ from runrecovery_service.domain.usage import (
     TurnUsage,
     Usage,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import usage
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.launch_records import LaunchRecord

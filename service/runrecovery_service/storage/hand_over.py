@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import deadlines, use_case
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from datetime import datetime
 
 from runrecovery_service.domain.errors import ClaimLost, CommitsLost, Fenced
 from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.start_errors import Held
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.commit_history import LogPosition, position_of
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import from_us, to_json, to_us

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from runrecovery_service.domain.errors import Fenced, RunGone
 from runrecovery_service.domain.reconciliation import Orphan
 from runrecovery_service.domain.run import Run
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import instances, interruptions
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.migrate import HISTORY, demand_known, known_migrations

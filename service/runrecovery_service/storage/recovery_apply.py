@@ -10,7 +10,7 @@ is alone. The run of this row is quarantined.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from runrecovery_service.domain.recovery_matrix import (
@@ -21,6 +21,7 @@ from runrecovery_service.domain.recovery_matrix import (
     RESUMED_RULE,
 )
 from runrecovery_service.domain.run import Profile, RecoveryState, RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import deadlines, found_ends, interruptions, webhook_outbox
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error

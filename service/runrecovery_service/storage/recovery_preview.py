@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.plan import Situation, Work
 from runrecovery_service.domain.recovery_matrix import Fact
 from runrecovery_service.domain.run import Profile, RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.recovery_scope import RecoveryScope
 from runrecovery_service.storage.recovery_sql import WITH_LATEST_QUESTION, damage_sql, facts_sql

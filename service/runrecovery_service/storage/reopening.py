@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import Final
 
@@ -25,6 +25,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.transitions import REOPENED
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import (
     deadlines,
     instances,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 
 from runrecovery_service.domain.errors import RequestedRunRemoved, RequestIdReused
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.rows import to_us

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Final
 
 from runrecovery_service.domain.retention import RetentionKind, RunPosition
 from runrecovery_service.domain.run import TERMINAL, RecoveryState, Run
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from runrecovery_service.domain.run import InteractionState, RestartPolicy, RunStatus
 from runrecovery_service.domain.session_check import SessionFinding, SessionFingerprint
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
 from runrecovery_service.storage.rows import finding_from

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import peewee as pw
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 

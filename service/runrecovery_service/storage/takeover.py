@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.dead_instances import TakeoverRules, needs_takeover

@@ -8,12 +8,13 @@ next to the file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
 from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import from_us_or_none, to_us

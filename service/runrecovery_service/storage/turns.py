@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -21,6 +20,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.usage import SessionUsage, TurnUsage
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import events, launch_records, runs, usage, use_case
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

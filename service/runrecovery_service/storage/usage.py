@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from runrecovery_service.domain.run import Run
 from runrecovery_service.domain.usage import TOKEN_FIELDS, SessionUsage, TurnUsage, Usage
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import launch_records
 from runrecovery_service.storage.database import Database, Row, Stale
 from runrecovery_service.storage.instances import Owner

@@ -12,8 +12,9 @@ this order:
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 SIZE: Final = 132
 LOG_HEADER_SIZE: Final = 32

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.webhook import WebhookEvent
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.rows import from_us, from_us_or_none, to_us
 

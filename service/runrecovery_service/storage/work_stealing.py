@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
 from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import deadlines
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

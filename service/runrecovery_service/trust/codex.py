@@ -7,9 +7,9 @@ in inline tables. A new entry is added beside the existing ones, in the same not
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.trust import toml_text
 from runrecovery_service.trust.entry import (
     Added,

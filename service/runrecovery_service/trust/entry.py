@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.trust.errors import FolderUnusable, TrustFileUnusable, UnusableReason
 
 

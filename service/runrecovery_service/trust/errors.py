@@ -10,9 +10,10 @@ TrustError
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 
 class UnusableReason(Enum):

@@ -19,10 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.trust.errors import (
     TrustFileBusy,
     TrustFileOutOfReach,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.trust import json_text
 from runrecovery_service.trust.entry import (
     Added,

@@ -10,9 +10,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 
 Model: TypeAlias = "str | bool | bytes | list[Model] | tuple[tuple[str, Model], ...] | None"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 
 _BOM: Final = "\ufeff"

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 
 Table: TypeAlias = dict[str, Any]  # as tomllib returns it, with any TOML value in it

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from runrecovery_service.domain.webhook import WebhookFilter
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.webhooks.address_policy import Network
 
 

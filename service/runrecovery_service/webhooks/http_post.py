@@ -14,13 +14,14 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from ipaddress import ip_address
 from typing import Final, TypeAlias
 
 import h11
 
 from runrecovery_service import daemon_threads
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.webhooks.address_policy import address_problem
 from runrecovery_service.webhooks.endpoint import Endpoint
 

@@ -11,7 +11,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final, TypeAlias
@@ -21,6 +21,7 @@ import structlog
 from runrecovery_service.clock import Clock, wait_within
 from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import FailureLog, PeriodicTask
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import webhook_deliveries

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.counters import Meters
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database

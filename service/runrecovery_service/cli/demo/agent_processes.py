@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from runrecovery_service.cli.demo.scenario import DemoFailed
+from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import procfs, signals
 from runrecovery_service.process.launch import SHIM
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from runrecovery.v1 import run_pb2 as pb
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 MAX_CONCURRENT: Final = 4
 CONFIG: Final = """\

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +14,7 @@ from runrecovery import RunRecoveryClient, ServingStatus
 from runrecovery.errors import Unavailable
 
 from runrecovery_service.cli.demo.scenario import DemoFailed
+from runrecovery_service.lazy_dataclass import dataclass
 
 READY_TIMEOUT_S: Final = 20.0
 STOP_TIMEOUT_S: Final = 15.0

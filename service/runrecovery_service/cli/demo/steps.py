@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,7 @@ from runrecovery_service.cli.demo.service_process import (
     poll_health,
 )
 from runrecovery_service.cli.printing import word
+from runrecovery_service.lazy_dataclass import dataclass
 
 STEP_TIMEOUT_S: Final = 15.0
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Final
@@ -20,6 +19,7 @@ from runrecovery_service.domain.usage import StoredUsage, Usage
 from runrecovery_service.engines.cli_usage import claude_call
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import home_of
+from runrecovery_service.lazy_dataclass import dataclass
 
 LONGEST_NAME: Final = 200
 _OTHER: Final = re.compile("[^a-zA-Z0-9]")

@@ -8,7 +8,7 @@ is a `task_complete`. Codex may compress old files (`.zst`), which are found but
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ from runrecovery_service.domain.usage import StoredUsage, Usage
 from runrecovery_service.engines.cli_usage import codex_tokens
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import Cache, home_of, names_in
+from runrecovery_service.lazy_dataclass import dataclass
 
 _SUFFIXES: Final = (".jsonl", ".jsonl.zst")
 _ID_CHARACTERS: Final = 36

@@ -10,7 +10,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -34,6 +34,7 @@ from runrecovery_service.engines.sessions.lines import (
 )
 from runrecovery_service.engines.sessions.repair import History, Repair, repair
 from runrecovery_service.engines.sessions.stored_usage import Ledger, UsageNotKnown, UsageReader
+from runrecovery_service.lazy_dataclass import dataclass
 
 FIRST_READ: Final = 32 * 1024
 """Bytes that are read at the beginning and at the end. Codex begins with some 21 KiB."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final, Generic, TypeVar
+
+from runrecovery_service.lazy_dataclass import dataclass
 
 V = TypeVar("V")
 OURS: Final = ".runrecovery."

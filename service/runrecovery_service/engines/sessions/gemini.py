@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import reduce
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,7 @@ from runrecovery_service.engines.sessions.folders import (
 )
 from runrecovery_service.engines.sessions.gemini_history import GeminiHistory
 from runrecovery_service.engines.sessions.lines import is_folder_name
+from runrecovery_service.lazy_dataclass import dataclass
 
 MOST_PROJECTS_BYTES: Final = 4 * 1024**2
 MOST_PATH_BYTES: Final = 8192

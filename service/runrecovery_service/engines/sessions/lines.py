@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import chain
 from typing import Final, Protocol
 
@@ -16,6 +16,7 @@ from runrecovery_service.domain.session_check import (
     SessionVerdict,
     StoredHandle,
 )
+from runrecovery_service.lazy_dataclass import dataclass
 
 HEAD_LINES: Final = 8
 """How many lines at the beginning may identify the session."""

@@ -10,12 +10,12 @@ import os
 import stat
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.engines.sessions.lines import json_object
+from runrecovery_service.lazy_dataclass import dataclass
 
 MOST_BYTES: Final = 64 * 1024**2
 """A longer file is not read. Reading this one takes some 200 MiB of memory and 2 s."""

@@ -10,7 +10,6 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -18,6 +17,7 @@ from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.domain.session_check import StoredHandle
 from runrecovery_service.domain.usage import InvalidUsage, StoredUsage
 from runrecovery_service.engines.sessions.lines import Layout, json_object
+from runrecovery_service.lazy_dataclass import dataclass
 
 MOST_BYTES: Final = 64 * 1024**2
 """A session with longer files is not read."""
