@@ -1,7 +1,7 @@
 """Renews the lease of this instance and the tree deadline, and ends a service that lost its lease.
 
-Agents outlive the service, so their process trees have a deadline of their own. Each renewal moves
-it on. If renewals stop, the shims kill the trees before another instance may take over.
+Process trees of agents have a deadline, which the shims enforce. Each renewal of the lease extends
+this tree deadline. If renewals stop, the shims kill the trees before another instance takes over.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def tree_deadline_ns(lease_ttl_s: float, renewed_ns: int) -> int:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LeaseRenewal:
-    """Renews the lease for ever, and fences this service when it may no longer be the owner.
+    """Renews the lease, and fences this service when it may no longer be the owner.
 
     Attributes:
         catalog: the configured engines. Each renewal writes their names into the instance's row.
@@ -94,7 +94,7 @@ class LeaseRenewal:
         return self._renewed_s + self.lease_ttl_s - boot_time_ns() / 1e9
 
     def tasks(self) -> list[PeriodicTask]:
-        """Return the loop of renewals and, on SQLite, the loop that lets process trees live."""
+        """Return the loop of renewals and, on SQLite, the loop that extends the tree deadline."""
         renewal = PeriodicTask(
             name="lease-renewal",
             step=self.renew,
@@ -109,7 +109,7 @@ class LeaseRenewal:
         # On SQLite a full disk makes renewals fail or hang. This must not end process trees.
         trees = PeriodicTask(
             name="tree-deadline",
-            step=self._let_trees_live,
+            step=self._extend_tree_deadline,
             interval_s=self.interval_s,
             failure_event="service.defect",
             stop_signal=self.stop,
@@ -202,5 +202,5 @@ class LeaseRenewal:
             self.storage.abandon()  # otherwise calls that wait for an answer would never return
             raise LeaseLost(self.owner.instance, self_fence_s)
 
-    async def _let_trees_live(self) -> None:
+    async def _extend_tree_deadline(self) -> None:
         self.turns.heartbeat(tree_deadline_ns(self.lease_ttl_s, boot_time_ns()))

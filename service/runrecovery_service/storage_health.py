@@ -32,7 +32,8 @@ log = structlog.get_logger()
 TRIALS_PER_LEASE: Final = 5
 """How many trials of the statements are made in `lease_ttl_s`."""
 LEASES_PER_WRITE_TRIAL: Final = 2
-"""On PostgreSQL a write is tried once in this many times `lease_ttl_s`: each write uses up keys."""
+"""On PostgreSQL, how many times `lease_ttl_s` lie between two trials that write. A write uses up
+keys."""
 FAILURES_IN_A_ROW: Final = 2
 """Health says NOT_SERVING after this many failed trials in a row."""
 FILE_CHECK_S: Final = 1.0
@@ -59,11 +60,7 @@ class StorageHealthReporter:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StatementTrials:
-    """Regularly runs the most important statements of the service, once the recovery has ended.
-
-    A renewed lease proves little: other rows may be damaged or locked although the row of the lease
-    is not.
-    """
+    """Regularly runs the most important statements of the service, once the recovery has ended."""
 
     lease_ttl_s: float
     storage: Storage

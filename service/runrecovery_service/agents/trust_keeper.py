@@ -283,7 +283,7 @@ class _Removal:
 
     Attributes:
         find: reads the entries to remove.
-        only_stale: whether entries stay that a run needs again meanwhile.
+        only_stale: whether an entry stays if a run needs it again meanwhile.
         limit: the most entries that `find` reads; None: all.
         last: the position from which the next read continues; None: there are no more entries.
     """

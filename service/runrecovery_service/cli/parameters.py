@@ -171,7 +171,7 @@ def require_not_empty(
 
 
 def target(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """Refuse an empty text and a URL: gRPC would look the whole of it up as a host name."""
+    """Refuse an empty text and a URL: gRPC would take a whole URL for a host name."""
     if text and (found := _URL.match(text)):
         raise click.BadParameter(f'must be HOST:PORT without "{found[0]}"', param=parameter)
     return require_not_empty(context, parameter, text)

@@ -17,7 +17,8 @@ def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[st
     """Yield the problems of values that are valid alone but contradict each other.
 
     Args:
-        places: the source and name of each key, for messages. A missing key is named by itself.
+        places: the source and name of each key, for messages. A key that is not among them is
+            named without a source.
     """
     yield from _reachable_addresses(settings, places)
     yield from _http_contradictions(settings, places)

@@ -40,7 +40,7 @@ BEAT_S: Final = 10.0
 """A stream sends something at least this often, so that the page knows that it works."""
 MAX_STREAMS: Final = 1000
 MAX_STREAMS_OF_CALLER: Final = 100
-"""Its streams share their calls of the contract, so `max_calls` does not bound them."""
+"""Streams of one caller share their calls of the contract, so `max_calls` does not bound them."""
 
 
 def service_version(status: GetRecoveryStatusResponse) -> str:

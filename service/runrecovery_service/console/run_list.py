@@ -42,7 +42,7 @@ class RunFilter:
     def of(cls, query: Mapping[str, str]) -> RunFilter:
         """Return the filter that the query of an address sets.
 
-        An unknown status and what is not a time are ignored.
+        An unknown status is ignored, and so is a text that is not a time.
         """
         status = query.get("status", "")
         return cls(
@@ -115,7 +115,7 @@ def is_run_id(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """A run in a list. `note` says in a few words what there is to know about it."""
+    """A run in a list. `note`: its error code, a requested cancel, or a second or later attempt."""
 
     run_id: str
     engine: str

@@ -36,6 +36,6 @@ def _asked(run: run_pb2.Run) -> tuple[int, int]:
 
 
 def version_of(runs: Sequence[run_pb2.Run]) -> str:
-    """Return a short text that changes when one of the runs does, or when there are others."""
+    """Return a short text that changes when one of the runs changes, or another run waits."""
     seen = tuple((run.run_id, run.etag, run.recovery.recovery_count) for run in runs)
     return f"{hash(seen) & 0xFFFFFFFFFFFFFFFF:x}"

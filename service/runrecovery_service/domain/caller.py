@@ -77,7 +77,7 @@ ANYONE: Final = Caller(name="", role=Role.OPERATOR)
 """The caller of every request where no callers are configured."""
 
 NOBODY: Final = Caller(name="", role=Role.VIEWER, engines=frozenset(), max_calls=0)
-"""The caller of code outside of calls, and of a call that is not admitted yet. Sees no run."""
+"""Stands for the caller while there is none, or while the call is not admitted. Sees no run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -436,7 +436,7 @@ def is_outage(error: BaseException) -> bool:
 
 
 def error_facts(error: BaseException) -> dict[str, str]:
-    """Return the log fields of an error that is not raised again: class, and cause of an outage."""
+    """Return the log fields of an error: its class and, for an outage, its cause."""
     cause = {"cause": str(error)} if is_outage(error) else {}
     if isinstance(error, TimeoutError):  # without words: because of a lock or a slow disk
         cause = {"cause": str(error) or "the database did not answer in time"}

@@ -103,7 +103,7 @@ class Orphan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BindingCounts:
-    """The numbers of things that a recovery released because their runs had ended, by kind."""
+    """What a recovery released because runs had ended: the number of each kind."""
 
     sessions: int = 0
     pending_interactions: int = 0

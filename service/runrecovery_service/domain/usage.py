@@ -190,7 +190,7 @@ class SessionUsage:
         return part if self.calls is None else part.minus(self.calls).at_least(least)
 
     def before(self, turn: Usage) -> SessionUsage:
-        """Return the usage of the session before a turn, which this object already includes."""
+        """Return the usage of the session before a turn. This object includes the turn."""
         calls = self.calls or Usage()
         if calls.covers(turn):
             left = calls.minus(turn)
@@ -293,7 +293,7 @@ class Budget:
         return None if self.max_cost_nanos is None else self.max_cost_nanos / NANOS
 
     def narrowed(self, wanted: Budget) -> Budget:
-        """Return the limits of `wanted`. Where it has none, the limits of this budget remain."""
+        """Return this budget, in which each limit that `wanted` has replaces its own."""
         tokens, cost = wanted.max_tokens, wanted.max_cost_nanos
         return Budget(
             max_tokens=self.max_tokens if tokens is None else tokens,
@@ -312,7 +312,7 @@ class Budget:
         return None
 
     def why_used_up_by(self, used: TurnUsage | None, *, before: Usage | None) -> str | None:
-        """Return the sentence of `why_used_up` in the middle of a turn.
+        """Return what `why_used_up` returns, in the middle of a turn.
 
         Args:
             used: the usage of the turn so far; None: none was reported.

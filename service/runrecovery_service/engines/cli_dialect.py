@@ -194,7 +194,7 @@ class CliDialect:
 
 
 def deferred_text(tool: str | None) -> str:
-    """Return the error of a turn that a user's hook has ended. `tool`: its name, if known."""
+    """Return the error of a turn that a user's hook has ended. `tool`: its name, if it is known."""
     call = "tool call" if tool is None else f"call of the tool {tool}"
     return f"A hook deferred its {call}, so the turn ended unfinished."
 

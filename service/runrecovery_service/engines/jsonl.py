@@ -46,8 +46,7 @@ def start_message(run: RunContext) -> bytes:
 
 
 def resume_message(run: RunContext, resumed: Resumed) -> bytes:
-    """Return the line that resumes a session, with the reply to its question or after an
-    interruption."""
+    """Return the line that resumes a session: with a reply, or after an interruption."""
     session = resumed.session
     message: JsonObject = {
         "type": "resume",
@@ -62,8 +61,7 @@ def resume_message(run: RunContext, resumed: Resumed) -> bytes:
 
 
 def _interruption(interruption: Interruption) -> JsonObject:
-    """Return the interruption as JSON. `reply` is the reply that the killed process had
-    received."""
+    """Return the interruption as JSON, with the reply that the killed process had received."""
     fields: JsonObject = {
         "at": interruption.at.isoformat(),
         "cause": interruption.cause.value.lower(),
@@ -88,7 +86,7 @@ def _context(run: RunContext) -> JsonObject:
 
 
 def _reply(reply: Interaction) -> JsonObject:
-    """Return the reply; `auto_decided` marks the null that replaces an answer that never came."""
+    """Return the reply as JSON. `auto_decided`: the response is null, as nobody replied in time."""
     fields: JsonObject = {"interaction_id": reply.interaction_id, "response": reply.response}
     return fields | {"auto_decided": True} if reply.auto_decided else fields
 

@@ -102,7 +102,7 @@ class DeferredCalls:
         workspace, deferred: as in `RunContext`.
         has_prompt: the process gets a prompt. A resumed process first returns to a call that is
             still deferred, and the hook defers this call again. Only then does the process read its
-            prompt. For the kept output of an ended process, True and False mean the same.
+            prompt. It has no meaning for the kept output of a process that has ended.
     """
 
     permissions: Permissions

@@ -104,7 +104,7 @@ class Connection(H11Protocol):
         """Record that the event loop has closed the socket, if the connection was made.
 
         A loop whose `connect_accepted_socket` is cancelled does not call `connection_lost`. Without
-        it a stop would wait for the connection, and its place would never be free again.
+        this method a stop would wait for the connection, and its place would stay taken.
         """
         if self.was_made and not self.ended.is_set():
             self.connection_lost(None)

@@ -65,8 +65,7 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """One metric, and the function that reads it. The function returns no numbers if none is
-    known."""
+    """One metric, and the function that reads its numbers: none, if none is known."""
 
     name: str
     help: str

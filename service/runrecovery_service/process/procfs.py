@@ -147,8 +147,9 @@ def descendants(snapshot: dict[int, Proc], root: int) -> list[Proc]:
 
 
 def read(path: str, *, most: int = sys.maxsize) -> bytes:
-    """Return about `most` bytes of a file of /proc; empty if its process has ended or access is
-    denied.
+    """Return about `most` bytes of a file of /proc; empty if they cannot be read.
+
+    They cannot be read if the process has ended, or if this user may not read the file.
 
     Raises:
         OSError: any other error. A scan that failed must not be taken for an empty one.

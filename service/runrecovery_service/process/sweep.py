@@ -45,8 +45,8 @@ LAST_S: Final = 0.5
 LONELY_SHIM_S: Final = 0.5
 """A shim with nothing below it exits within milliseconds. After this time it is killed."""
 _LISTINGS, _MIN_LISTINGS, LISTING_S = 30, 3, 0.2
-"""How often one scan lists the pids while new processes appear: at most 30 times, and after the
-third only within this time, because other programs may fork as fast as the machine allows."""
+"""While new processes appear, one scan lists the pids again: three times in any case, then until
+0.2 s have passed, 30 times at most. Other programs may fork as fast as the machine allows."""
 _FREEZES: Final = 10
 """Rounds of SIGSTOP that search for new processes before SIGKILL is sent in any case."""
 
@@ -287,8 +287,10 @@ class _Sweep:
             self._signal(pinned, signal.SIGCONT)  # a stopped process cannot handle the SIGTERM
 
     def _freeze_then_kill(self, living: list[PinnedProcess]) -> None:
-        """Stop processes until a scan finds no new one, then kill all: the children of a dead
-        process cannot be traced to it."""
+        """Stop processes until a scan finds no new one, then kill all of them.
+
+        All are stopped first, because the children of a dead process cannot be traced to it.
+        """
         moving = [pinned for pinned in living if signal.SIGSTOP not in pinned.sent]
         for pinned in moving:
             self._signal(pinned, signal.SIGSTOP)

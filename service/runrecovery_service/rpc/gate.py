@@ -38,8 +38,8 @@ class Access(Enum):
     READ = auto()
     """From the commit of recovery until the server closes."""
     MUTATION = auto()
-    """From the commit of recovery until the service drains. With `finish_s` the service drains only
-    after it has waited for the turns under way."""
+    """From the commit of recovery until the service drains. With `finish_s`, it first waits for the
+    turns under way."""
 
 
 class Gate:
@@ -119,7 +119,7 @@ class Gate:
         self._set_state(ServiceState.SERVING)
 
     def finish(self) -> None:
-        """Record that the service is shutting down once its turns have ended: create no run."""
+        """Record that a stop waits for the turns under way: create no run from now on."""
         self._finishing = True
         self._set_state(ServiceState.DRAINING)
 
@@ -147,8 +147,10 @@ class Gate:
             self._notify_all()
 
     def set_disk_low(self, *, low: bool) -> None:
-        """Record whether the disk has less room than `min_free_bytes`. Health does not depend on
-        it: replies, cancels and reads are answered."""
+        """Record whether the disk has less room than `min_free_bytes`.
+
+        Health does not depend on this, because replies, cancels and reads are still answered.
+        """
         self._disk_low = low
 
     def check_access(self, access: Access) -> None:

@@ -152,8 +152,8 @@ class MethodWrapper:
     def may_call(self, method: Method, context: Context) -> bool:
         """Return whether a caller may call the method now.
 
-        For a server that has not read the request yet: a refused caller need not send it. The
-        handler decides: it must not be called in another turn of the event loop than this.
+        A server asks this before it reads a request, so that a refused caller need not send it.
+        To refuse, it calls the handler in the same turn of the event loop, without a request.
         """
         return self._guard is None or self._guard.would_admit(context, method.role)
 

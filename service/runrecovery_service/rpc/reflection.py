@@ -193,7 +193,7 @@ class ReflectionServicer:
 async def _next(requests: AsyncIterator[Request], stop: asyncio.Task[None]) -> Request | None:
     """Return the next request; None when the requests end.
 
-    The pause lets a request be answered that the caller has sent already.
+    After `stop` a pause leaves time to answer a request that the caller has already sent.
 
     Raises:
         TimeoutError: `stop` is done, and no request came for `LAST_REQUEST_S`.

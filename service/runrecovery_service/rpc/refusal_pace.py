@@ -17,7 +17,7 @@ REFUSALS_PER_S: Final = 100.0
 """Refusals of one caller that are answered in a second. All unknown callers count as one. They
 cost some 3% of a processor."""
 MAX_WAITING: Final = 500
-"""Of one caller: less than half of the streams that a connection may have by default."""
+"""The most waiting refusals of one caller: less than half of a connection's streams by default."""
 MAX_WAIT_S: Final = 1.0
 """The longest wait. A refusal that can be retried names the same time in its RetryInfo."""
 
@@ -29,7 +29,7 @@ class Rate:
     """Spaces events evenly: at most `per_s` in each second. The caller gives the time.
 
     Args:
-        burst: so many events may come at once after a quiet time.
+        burst: how many events may come at once after a quiet time.
     """
 
     def __init__(self, per_s: float, *, burst: int = 1) -> None:
@@ -40,8 +40,8 @@ class Rate:
     def take(self, now_s: float, *, within_s: float = 0.0) -> float | None:
         """Return the seconds until the next event may happen, and count the event.
 
-        None, and nothing is counted, if that is more than `within_s` seconds. So an event that
-        does not happen delays no later one.
+        If that is more than `within_s` seconds, return None and count nothing, so that an event
+        that does not happen delays no later one.
         """
         next_s = max(self._next_s, now_s - self._lead_s)
         wait_s = next_s - now_s if next_s - now_s > ROUNDING_S else 0.0
@@ -57,16 +57,16 @@ class RefusalPace:
     The first refusal after a quiet time is answered at once: an error of a person or a test is seen
     immediately, and only repeated ones cost others anything.
 
-    A waiting refusal keeps its request in memory, and its stream of the connection, of which a
-    proxy may need the rest for other callers. So the number that waits is bounded. Refusals beyond
-    it are answered at once: they cost processor time, but no memory.
+    A waiting refusal keeps its request in memory, and occupies a stream of its connection. Behind a
+    proxy, other callers share the streams of this connection. So the number of waiting refusals is
+    bounded. Further refusals are answered at once: they cost processor time, but no memory.
 
     Args:
         max_waiting: the most refusals of one caller that wait at one time. Of all callers: twice as
             many.
         per_s: refusals of one caller that are answered in a second.
-        max_wait_s: the longest wait. Of more than `per_s * max_wait_s` waiting refusals of one
-            caller, each waits that long.
+        max_wait_s: the longest wait. If more than `per_s * max_wait_s` refusals of one caller
+            wait, each of them waits that long.
     """
 
     def __init__(

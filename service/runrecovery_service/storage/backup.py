@@ -70,7 +70,7 @@ def run_keys(path: Path) -> list[int]:
 def waiting_runs(path: Path) -> dict[int, tuple[str, int]]:
     """Return each run of a SQLite store that waits without a process: its run_id and version.
 
-    While such a run keeps its version, nothing of the service changes its files.
+    While such a run keeps its version, the service does not change its files.
     """
     waiting = "SELECT id, run_id, version FROM run WHERE status = ? AND profile = ?"
     words = (RunStatus.WAITING_USER.value, Profile.RESUMABLE.value)

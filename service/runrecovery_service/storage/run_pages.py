@@ -76,7 +76,7 @@ def _first_of_each(
     *,
     oldest_first: bool,
 ) -> pw.SelectQuery:
-    """Return a query for the keys of a page and one more run; later runs may follow.
+    """Return a query for the keys of a page, of one run after it, and perhaps of more.
 
     The query reads the first runs of each engine from an index. Without the index, a page of few
     engines would read the runs of all others.

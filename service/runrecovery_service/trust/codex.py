@@ -387,8 +387,7 @@ class _Site:
 
 
 def _quoted(folder: str) -> str:
-    """Return the folder as a quoted key: in a literal string if it has backslashes or quotes, and
-    with escapes if no literal string can hold it."""
+    """Return the folder as a quoted key, in a form that needs no escapes if there is one."""
     if '"' not in folder and "\\" not in folder and folder.isprintable():
         return f'"{folder}"'
     if "'" not in folder and folder.isprintable():

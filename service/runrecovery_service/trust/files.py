@@ -123,8 +123,10 @@ def _must_lock(target: Path, *, make: bool) -> bool:
 
 
 def token_of(target: Path) -> str | None:
-    """Return the token of a file's lock, as `begin` of an edit gets it; None if the file was never
-    edited. Acquire no lock."""
+    """Return the token that an edit passes to `begin`; None if the file was never edited.
+
+    This acquires no lock.
+    """
     return read_token(lock_file(target))
 
 

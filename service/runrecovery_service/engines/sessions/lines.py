@@ -63,17 +63,22 @@ class Layout(Protocol):
     """The format of one CLI's session files."""
 
     def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
-        """Return ELSEWHERE or NOT_KNOWN if the first lines (at least one) are not of this
-        session, else None."""
+        """Return None if the first lines belong to the session, else ELSEWHERE or NOT_KNOWN.
+
+        Args:
+            head: the first lines of the file, at least one.
+        """
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
-        """Return True for a line that ends a turn, False for one that others must follow (a
-        user's message, a tool call), None for a line that does not show it."""
+        """Return whether a turn ends with this line; None if the line does not show it.
+
+        False: other lines must follow, for example after a message of the user or a tool call.
+        """
 
     def may_follow_end(self, line: JsonObject) -> bool:
-        """Return True for a line that may come after the line that ends a turn.
+        """Return True for a line that the CLI may append after the end of a turn.
 
-        Before the end of a turn, such a line must be followed by others.
+        If the turn has not ended before such a line, other lines must follow.
         """
 
 
@@ -91,7 +96,7 @@ def is_folder_name(name: object) -> bool:
 
 
 def judge_excerpt(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> SessionReason:
-    """Return WHOLE, or the reason for another finding. Only complete lines are parsed."""
+    """Return WHOLE for an intact file, else the reason why it is not. Parse only complete lines."""
     first, newline, _ = excerpt.head.partition(b"\n")
     if not newline and not excerpt.tail_is_all:
         return SessionReason.NOT_KNOWN  # the first line is too long
