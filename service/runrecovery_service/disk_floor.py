@@ -24,8 +24,8 @@ ANSWER_S: Final = 5.0
 """How long the file system may take to answer. After a timeout, the previous answer still
 counts."""
 ENOUGH: Final = 1.25
-"""Launches resume only above this multiple of the floor. Otherwise free space that varies around
-the floor would stop and start launches again and again."""
+"""The multiple of the floor that must be free before launches resume. Without this margin, free
+space that varies around the floor would stop and start launches again and again."""
 
 
 def free_bytes(place: Path) -> int:

@@ -33,13 +33,13 @@ log = structlog.get_logger()
 RENEWALS_PER_LEASE: Final = 5
 """How many renewals are made in `lease_ttl_s`."""
 SELF_FENCE_SHARE: Final = 2 / 3
-"""A PostgreSQL instance stops when it could not renew for this share of `lease_ttl_s`. On SQLite
-the file lock keeps others out, and a full disk is no reason to stop."""
+"""The share of `lease_ttl_s` after which a PostgreSQL instance stops if it could not renew. On
+SQLite the file lock keeps others out, and a full disk is no reason to stop."""
 RENEWAL_TRY_SHARE: Final = 0.3
-"""One try to renew the lease may take this share of `lease_ttl_s`."""
+"""The most time for one try to renew the lease, as a share of `lease_ttl_s`."""
 TREES_BEFORE_LEASE_S: Final = 1.0
-"""If the lease is not renewed, process trees end this long before the lease does. An instance that
-takes over then finds no process alive."""
+"""How long before the lease process trees end if the lease is not renewed. An instance that takes
+over then finds no process alive."""
 
 
 def tree_deadline_ns(lease_ttl_s: float, renewed_ns: int) -> int:

@@ -86,7 +86,8 @@ UNDECODABLE_INTERVAL_S: Final = 60.0
 LOGGED_EVENTS: Final = SharedCounter(
     "runrecovery_log_events_total", "Warnings and errors that were logged.", "event", "level"
 )
-"""One counter for the whole process. Events of other libraries are free texts, and not counted."""
+"""Counts logged events by name and level, for the whole process. Events of other libraries are free
+texts, and not counted."""
 LOGGED_LINES: Final = SharedCounter(
     "runrecovery_log_lines_total", "All of them, by level.", "level"
 )

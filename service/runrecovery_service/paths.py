@@ -15,8 +15,8 @@ from typing import Final
 from runrecovery_service.domain.start_errors import DataDirRefused
 
 SQLITE_PATH_BYTES: Final = 500
-"""SQLite refuses a path of 512 bytes or more. The limit leaves room for the longest suffix,
-`.new-journal`."""
+"""The longest path of a SQLite file. SQLite refuses 512 bytes or more, and the longest suffix,
+`.new-journal`, needs room."""
 GROWTH_BYTES: Final = 64 * 1024**2
 """Bytes by which the database must be able to grow under the limit on file sizes."""
 

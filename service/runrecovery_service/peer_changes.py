@@ -15,9 +15,9 @@ if TYPE_CHECKING:  # not imported with SQLite
 SHARED_POLL_S: Final = 1.0
 """Seconds between two polls for changes of other instances."""
 NOTICE_PAUSE_S: Final = 0.05
-"""Hints that arise within this time are sent together."""
+"""Pause between two messages with hints. Hints that arise meanwhile are sent together."""
 LISTEN_AGAIN_S: Final = 5.0
-"""The pause before a lost connection for hints is replaced. Meanwhile polls find all changes."""
+"""Pause before a lost connection for hints is replaced. Meanwhile polls find all changes."""
 
 
 def shared_poll(storage: Storage, stop: StopSignal) -> PeriodicTask:

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 TWICE_REPORTED_S: Final = 0.05
 """How long after its start the event loop may report a signal that was already held."""
 HANG_UP_SETTLES_S: Final = 0.5
-"""After SIGHUP from a terminal that was closed, the terminal is gone within this time."""
+"""Time after SIGHUP within which a terminal that was closed is gone."""
 
 
 def prepare_process() -> None:

@@ -35,11 +35,11 @@ LEASES_PER_WRITE_TRIAL: Final = 2
 """On PostgreSQL, how many times `lease_ttl_s` lie between two trials that write. A write uses up
 keys."""
 FAILURES_IN_A_ROW: Final = 2
-"""Health says NOT_SERVING after this many failed trials in a row."""
+"""How many trials must fail in a row before health says NOT_SERVING."""
 FILE_CHECK_S: Final = 1.0
 """How soon a removed lock or SQLite file is noticed without a write."""
 FILE_CHECK_TIMEOUT_S: Final = 5.0
-"""A file system that does not answer a check for this long is logged."""
+"""How long the file system may take to answer a check before the delay is logged."""
 
 
 @dataclass(slots=True)

@@ -24,8 +24,8 @@ log = structlog.get_logger()
 INTERVAL_S: Final = 5.0
 """The longest pause between two messages."""
 EXTENSION_S: Final = 30.0
-"""Each message during a start or a stop extends the time limit of systemd by this much. A service
-that hangs sends no message, so systemd ends it after this time."""
+"""How far each message during a start or a stop extends the time limit of systemd. A service that
+hangs sends no message, so systemd ends it after this time."""
 
 _STATUS: Final[Mapping[ServiceState, str]] = {
     ServiceState.RECOVERING: "recovering the runs of earlier starts",

@@ -53,8 +53,8 @@ RUN_END_LOCK_WAIT_S: Final = 2.0
 FIRST_CHUNK, CHUNK = 100, 500
 """How many entries the first edit removes, and the most that any edit removes."""
 QUICK_S: Final = 2.0
-"""If an edit takes less time than this, the next edit removes more entries. In some files each
-entry takes long, in others only the reading of the file."""
+"""An edit that takes less time than this is followed by an edit with more entries. In some files
+each entry takes long, in others only the reading of the file."""
 LEFT: Final = "there was not enough time; the next sweep removes the other entries"
 
 ReportRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]

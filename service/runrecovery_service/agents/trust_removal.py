@@ -30,11 +30,13 @@ LAST_CHECK: Final = timedelta(seconds=60)
 AWAY_CHECK: Final = timedelta(seconds=10)
 """Time between two checks for a missing file or place."""
 RECORD_CHECK: Final = timedelta(seconds=60)
-"""Time between two tries to remove an entry whose record prevents the removal."""
+"""Time between two tries to remove an entry that its own record prevents from being removed, for
+example because the record is damaged."""
 FILE_GONE: Final = timedelta(seconds=60)
-"""If a file is missing for this long, it is not just being replaced: it is gone."""
+"""How long a file must be missing before it counts as gone, and not as being replaced."""
 PLACE_GONE: Final = timedelta(days=7)
-"""If a place is missing for this long, its file system will not be mounted again: it is gone."""
+"""How long a place must be missing before it counts as gone: its file system will not be mounted
+again."""
 _BOM: Final = b"\xef\xbb\xbf"
 _AWAY_TEXTS: Final = {
     NotRemoved.PLACE: "its folder, or the lock next to it, does not exist",

@@ -13,7 +13,8 @@ from runrecovery_service.lazy_dataclass import dataclass
 RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines", "webhooks"})
 """The keys that a reload applies. All others need a restart."""
 NEVER_EMPTIED: Final = frozenset({"callers", "engines"})
-"""A reload does not remove the last caller or engine: such a file is probably half written."""
+"""The keys from which a reload does not remove the last table. A file without any is probably still
+being written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from runrecovery_service.config.settings import WebhookSettings
 from runrecovery_service.config.values import InvalidValue
 
 MAX_WEBHOOKS: Final = 16
-"""The most webhooks. Each one has its own connections, and adds a row to each event's
-transaction."""
+"""The most webhooks. Each webhook has its own connections, and adds a row to the transaction of
+each event."""
 
 
 def webhook_contradictions(settings: WebhookSettings) -> Iterator[InvalidValue]:

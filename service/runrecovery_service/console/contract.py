@@ -19,7 +19,7 @@ from runrecovery_service.rpc.json_values import write_value
 _RUNS: Final = "runrecovery.v1.RunService"
 _RECOVERY: Final = "runrecovery.v1.RecoveryService"
 MAX_EVENTS: Final = 100
-"""Events of a run that its page shows: the latest ones."""
+"""How many events of a run its page shows: the latest ones."""
 MAX_QUESTIONS: Final = 100
 MAX_PLANNED: Final = 50
 MAX_REPORTS: Final = 25

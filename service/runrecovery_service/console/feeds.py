@@ -17,7 +17,7 @@ from runrecovery_service.lazy_dataclass import dataclass
 POLL_S: Final = 1.0
 """Pause between two reads of a list. The contract has no events for changes of a list."""
 POLL_SHARE: Final = 20.0
-"""The pause is at least this many times as long as the read before it."""
+"""The shortest pause after a read, as a multiple of the time that the read took."""
 RETRY_S: Final = 1.0
 """Pause before a feed that failed is tried again."""
 ENDED_POLL_S: Final = 10.0

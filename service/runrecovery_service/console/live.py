@@ -37,10 +37,12 @@ from runrecovery_service.http.calls import CallFailed
 from runrecovery_service.rpc.gate import Gate
 
 BEAT_S: Final = 10.0
-"""A stream sends something at least this often, so that the page knows that it works."""
+"""The longest pause between two messages of a stream, by which the page knows that the stream
+works."""
 MAX_STREAMS: Final = 1000
 MAX_STREAMS_OF_CALLER: Final = 100
-"""Streams of one caller share their calls of the contract, so `max_calls` does not bound them."""
+"""The most streams of one caller. They share their calls of the contract, so `max_calls` does not
+bound them."""
 
 
 def service_version(status: GetRecoveryStatusResponse) -> str:

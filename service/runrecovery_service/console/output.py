@@ -16,9 +16,9 @@ from runrecovery_service.http.calls import CallFailed
 from runrecovery_service.lazy_dataclass import dataclass
 
 WINDOW_BYTES: Final = 32 * 1024
-"""Output on one page. Earlier output is a link away."""
+"""The most bytes of output on one page. A link leads to earlier output."""
 MAX_PARTIAL_BYTES: Final = 64 * 1024
-"""A longer line is shown in parts, before its end has arrived."""
+"""The longest line of which no part is shown before its end has arrived."""
 
 CHANNELS: Final = {
     "stdout": run_service_pb2.OUTPUT_CHANNEL_STDOUT,

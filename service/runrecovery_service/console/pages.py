@@ -34,7 +34,7 @@ from runrecovery_service.console.words import STATUS_BY_NAME
 from runrecovery_service.http.calls import CallFailed, ContractCalls
 
 SHORT_CHARS: Final = 8_000
-"""Characters of one text on a page."""
+"""The most characters of one text on a page."""
 MAX_OFFSET: Final = 2**62
 
 Page: TypeAlias = Callable[[Request, Visitor, Contract], Awaitable[Response]]

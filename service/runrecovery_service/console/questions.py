@@ -25,7 +25,8 @@ MAX_BUTTONS: Final = 6
 MAX_BUTTON_CHARS: Final = 40
 """Beyond these limits, options are a list to choose from, and not buttons."""
 MAX_OPTIONS: Final = 200
-"""Options on a page. A page with the 200,000 that an agent can offer would take seconds to make."""
+"""The most options of a question on a page. An agent can offer 200,000, and such a page would take
+seconds to make."""
 
 
 class FormKind(StrEnum):

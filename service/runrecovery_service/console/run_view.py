@@ -22,7 +22,7 @@ from runrecovery_service.console.words import (
 from runrecovery_service.lazy_dataclass import dataclass
 
 MAX_DECISIONS: Final = 20
-"""Decisions of restarts about a run that its page shows: the latest ones."""
+"""How many decisions about a run its page shows: the latest ones."""
 _ENDED = {run_pb2.RUN_STATUS_SUCCEEDED, run_pb2.RUN_STATUS_FAILED, run_pb2.RUN_STATUS_CANCELED}
 
 

@@ -24,9 +24,9 @@ _INVISIBLE: Final = re.compile(
     "\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"
     "\ud800-\udfff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff])\\1*"
 )
-"""One such character, or equal ones in a row: control characters except tab and newline, characters
-that change the direction of text, and characters without width. U+200C and U+200D stay: writing
-systems and emoji need them."""
+"""Matches invisible characters, one or equal ones in a row: control characters except tab and
+newline, characters that change the direction of text, and characters without width. U+200C and
+U+200D are not among them, because writing systems and emoji need them."""
 
 MAX_NAMED: Final = 20_000
 """How many invisible characters of one text are named; equal ones in a row count once. An agent can

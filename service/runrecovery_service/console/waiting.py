@@ -10,7 +10,7 @@ from runrecovery.v1 import run_pb2, run_service_pb2
 from runrecovery_service.console.questions import QuestionView, question_of
 
 MAX_SHOWN: Final = 20
-"""Questions on a page."""
+"""The most questions on a page."""
 
 
 def waiting_request(page_token: str) -> run_service_pb2.ListRunsRequest:

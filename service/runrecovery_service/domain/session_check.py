@@ -80,7 +80,7 @@ REASON_TEXTS: Final[Mapping[SessionReason, str]] = MappingProxyType(
         SessionReason.NOT_ANSWERED: "the system did not answer when its session file was read",
     }
 )
-"""Each reason as a clause for people. "Its" is the run's."""
+"""Each reason as a clause for people, in which "its" refers to the run."""
 
 INCONCLUSIVE: Final = frozenset(
     {

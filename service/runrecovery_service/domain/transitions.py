@@ -34,7 +34,7 @@ NEXT: Final = MappingProxyType(
 REOPENED: Final = MappingProxyType(
     {RunStatus.FAILED: frozenset({RunStatus.WAITING_USER, RunStatus.QUEUED})}
 )
-"""The changes of a run that a recovery failed, when a caller reopens it in time."""
+"""The status changes by which ReopenRun reopens a run that a recovery has failed."""
 
 
 def is_legal(before: RunStatus, after: RunStatus) -> bool:

@@ -63,20 +63,20 @@ from runrecovery_service.engines.permissions import (
 from runrecovery_service.lazy_dataclass import dataclass
 
 MAX_TEXT_CHARS: Final = 2 * MAX_FINAL_MESSAGE_BYTES
-"""How much of the latest text is kept: its end."""
+"""How many characters of the latest text are kept, from its end."""
 MAX_MESSAGE_CHARS: Final = 2000
 MAX_RETRY_CHARS: Final = 200
-"""Longest report of a retry on standard error that is found when it comes in pieces."""
+"""The longest report of a retry on standard error that is found if it arrives in pieces."""
 MAX_TASKS: Final = 1000
-"""Background tasks whose names are remembered."""
+"""The most background tasks whose names are remembered."""
 HANDLE_CHARS: Final = 36
 SECRET: Final = b"[secret]"
 UNRECORDED_HANDLE: Final = "00000000-0000-0000-0000-000000000000"
 """Used in place of a handle that was never recorded and is hidden in the kept output."""
 
 _HANDLE: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""A UUID, which is the session id of every supported CLI. A CLI could take another word for a
-keyword, such as "latest"."""
+"""Matches a UUID, which is the session id of every supported CLI. A CLI could take another text,
+such as "latest", for a keyword."""
 _ANY_HANDLE: Final = re.compile(_HANDLE.pattern.encode())
 
 

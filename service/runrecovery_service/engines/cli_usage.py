@@ -21,7 +21,8 @@ from runrecovery_service.domain.usage import (
 from runrecovery_service.engines.cli_events import CallReported, UsageReported
 
 MAX_CALLS: Final = 10_000
-"""Calls of one process whose reports are kept apart, so that a repetition counts once."""
+"""The most calls of one process whose reports are kept apart, so that a repeated report counts
+once."""
 
 
 class UsageCounter:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     Json: TypeAlias = dict[str, Any]
 
 BLOCK = 2
-"""The exit code after which Claude Code does not run the call. It ignores every other failure."""
+"""The exit code that makes Claude Code not run the call. Claude Code ignores other failures of a
+hook."""
 MAX_INPUT_CHARS = 250_000
 """The longest input of a call, as JSON, for which the user can be asked. Claude Code was tried with
 this length; it searches for a deferred call only near the end of its session."""

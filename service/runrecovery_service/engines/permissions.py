@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from runrecovery_service.engines.cli_events import TurnDeferred
 
 LEAST_VERSION: Final = (2, 1, 89)
-"""The first version of Claude Code that can defer a call. 2.1.88 ignores that and runs the tool."""
+"""The first version of Claude Code that can defer a call. Version 2.1.88 ignores the answer and
+runs the tool."""
 HOOK_TIMEOUT_S: Final = 86_400
-"""After this time Claude Code continues without the hook's answer. The hook takes milliseconds."""
+"""How long Claude Code waits for the hook before it continues without an answer. The hook takes
+milliseconds."""
 SHOWN_CHARS: Final = 4000
 REFUSED: Final = "The user refused this call"
 NOBODY_ANSWERED: Final = (

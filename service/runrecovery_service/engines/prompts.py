@@ -33,8 +33,8 @@ HOW_TO_GO_ON: Final = (
     " turn."
 )
 RESTATED_CHARS: Final = 16_384
-"""A longer message is not repeated after an interruption, because it fills the agent's context
-twice. The CLIs save the message before they send it to the model."""
+"""The longest message that is repeated after an interruption. A longer one would take much of the
+context of the agent, and CLIs save a message before they send it to the model."""
 _WHAT_HAPPENED: Final = {
     InterruptionCause.RESTART: "The service that runs you was restarted.",
     InterruptionCause.SUSPENSION: "The machine that you run on stood still for a while.",

@@ -37,7 +37,8 @@ from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.spool import READ_BYTES
 
 LONG_LINE_BYTES: Final = 16384
-"""Longer lines are parsed in a thread: a line of 1 MiB would block the event loop for a second."""
+"""The longest line that is parsed on the event loop. A line of 1 MiB would block the loop for a
+second."""
 STDERR_TAIL_BYTES: Final = 2000
 UTF8_CONTINUATION: Final = bytes(range(0x80, 0xC0))
 OVERTIME_BYTES: Final = 16 << 20

@@ -28,13 +28,13 @@ from runrecovery_service.storage.instances import Owner
 log = structlog.get_logger()
 
 CHECK_INTERVAL_S: Final = 0.25
-"""Seconds between two checks, by which a deadline may be carried out late."""
+"""Pause between two checks, and so the longest time by which a deadline is carried out late."""
 PER_CHECK: Final = 500
 _TOGETHER: Final = {
     DueKind.RESUME: deadlines.end_pauses,
     DueKind.REOPEN: deadlines.end_reopening,
 }
-"""Deadlines that only change their rows: one write carries out many. Deletion comes last."""
+"""The deadlines that only change rows, so that one write carries out many. Deletion comes last."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -29,7 +29,7 @@ FINISH_S: Final = 5.0
 CHECK_INTERVAL_S = 5.0
 """The longest time between two checks of the queue. A change causes a check at once."""
 SHARED_CHECK_INTERVAL_S: Final = 1.0
-"""The same on a shared store, where changes by peers cause no check."""
+"""The longest time between two checks on a shared store, where changes by peers cause no check."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

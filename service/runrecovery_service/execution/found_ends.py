@@ -43,8 +43,8 @@ log = structlog.get_logger()
 
 REREAD_BYTES: Final = 16 << 20
 REREAD_LINES: Final = 100_000
-"""Output of one turn above these limits is not parsed again, because that would delay the start. A
-line of a few bytes takes some 10 µs, a report of usage 50 µs."""
+"""The most bytes and lines of one turn's output that are parsed again, so that the start is not
+delayed. A line of a few bytes takes some 10 µs, a report of usage 50 µs."""
 
 
 class NothingFound(Exception):

@@ -36,7 +36,8 @@ from runrecovery_service.process.shim_events import (
 )
 
 LAST_OUTPUT_S: Final = 1.0
-"""How long the output of a process may stay open after its exit: a child may have it open."""
+"""How long the output of a process is still read after its exit. A child may keep the output open.
+"""
 USAGE_RECORDED_EVERY_S: Final = 5.0
 """Time between two records of a running turn's usage. The first usage after the turn's question or
 result is recorded at once, because the exit of an agent CLI can take seconds."""

@@ -17,7 +17,7 @@ Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 BODY_S: Final = 20.0
-"""A request whose body has not arrived after this time is refused."""
+"""The most time until the body of a request has arrived. Later the request is refused."""
 
 
 class ClientGone(Exception):

@@ -20,7 +20,8 @@ from runrecovery_service.lazy_dataclass import dataclass
 R = TypeVar("R")
 
 THREAD_BYTES: Final = 32_768
-"""A larger JSON is converted in a thread: on the event loop it would delay every other call."""
+"""The largest JSON that is converted on the event loop. A larger one is converted in a thread,
+because it would delay every other call."""
 
 _Code = grpc.StatusCode
 STATUS: Final[Mapping[grpc.StatusCode, int]] = MappingProxyType(

@@ -19,14 +19,14 @@ from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.listen_address import bind_sockets
 
 KEEP_ALIVE_S: Final = 60
-"""A connection without a request is closed after this time."""
+"""How long a connection may stay open without a request."""
 HANDSHAKE_S: Final = 20.0
 MAX_HEAD_BYTES: Final = 32_768
-"""The largest head of a request. A GET has its message there."""
+"""The largest head of a request. The head of a GET contains its message."""
 ACCEPT_PAUSE_S: Final = 0.1
 """Pause before the next accept when the process is out of descriptors."""
 ABORT_S: Final = 1.0
-"""Time for requests to end whose connections have been closed."""
+"""Time for requests to end after their connections were closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ from runrecovery_service.rpc.certificates import Certificate, ssl_context
 from runrecovery_service.rpc.tls import ServerTls
 
 FOLLOW_S: Final = 1.0
-"""The most time to check the files before a handshake. A disk that hangs must not block it."""
+"""The most time for the check of the files before a handshake, because a disk that hangs must not
+block it."""
 
 
 class HttpTls:

@@ -30,7 +30,8 @@ STORE_READ_S: Final = 5.0
 STORE_READ_MOST_S: Final = 30.0
 """The shortest and the longest pause between two reads."""
 READ_PAUSES: Final = 9
-"""The pause after a read, as a multiple of its duration. So reads take a tenth of the time."""
+"""The pause after a read, as a multiple of the time that the read took. So reads take a tenth of
+the time."""
 STORE_WAIT_S: Final = 0.5
 """How long a scrape waits for the store. After that, its answer has the counts of the last read."""
 

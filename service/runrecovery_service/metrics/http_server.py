@@ -17,7 +17,7 @@ import structlog
 from runrecovery_service.rpc.listen_address import ListenFailed
 
 REQUEST_S: Final = 5.0
-"""Every connection is closed after this time."""
+"""How long a connection may stay open in all."""
 MAX_REQUEST_BYTES: Final = 8192
 PATH: Final = "/metrics"
 

@@ -12,14 +12,15 @@ from typing import Final
 from runrecovery_service.lazy_dataclass import dataclass
 
 BASE: Final = 80
-"""Descriptors for streams, locks, event loop and gRPC: some 50 in an idle service."""
+"""Descriptors for streams, locks, event loop and gRPC. An idle service has some 50 open."""
 STORE: Final = 64
-"""Up to eleven threads with one connection each. SQLite opens three files per connection."""
+"""Descriptors for the store: up to eleven threads with a connection each, for which SQLite opens
+three files."""
 PER_RUN: Final = 20
-"""Five pipes and the spool while the agent lives, ten more descriptors during its launch, four for
-its output files."""
+"""Descriptors for each run: five pipes and the spool while the agent lives, ten more during its
+launch, four for its output files."""
 PER_WEBHOOK: Final = 10
-"""Eight connections, and two names that are looked up."""
+"""Descriptors for each webhook: eight connections, and two look-ups of names."""
 LEAST_CONNECTIONS: Final = 32
 
 

@@ -11,7 +11,8 @@ from runrecovery_service.process import wire
 
 _PIECE_BYTES = 1 << 20
 _MOST_BYTES = 1 << 24
-"""Bound for output of a process outside of the tree that still writes to the pipe."""
+"""The most bytes that are saved from the pipe. A process outside of the tree may still write to it,
+without an end."""
 
 
 def save(pipe: int, spool: int, path: str, *, is_stopped: bool) -> str:

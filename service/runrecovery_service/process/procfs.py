@@ -12,7 +12,8 @@ RLIMIT_LOCKS = 10
 """The limit on file locks of setrlimit(2), which Python's `resource` does not name. Linux since 2.6
 inherits and shows this limit but does not enforce it."""
 MAX_ENVIRONMENT_BYTES = 2 << 20
-"""Exec takes no larger environment by default. A process may claim any size afterwards."""
+"""How much of an environment is read. By default exec takes no larger one, but a process may claim
+any size later."""
 _PF_KTHREAD = 0x200000
 """The flag of a thread of the kernel (include/linux/sched.h)."""
 _LOCKS = b"\nMax file locks"

@@ -18,7 +18,7 @@ from runrecovery_service.process import wire
 READ_BYTES: Final = 65536
 _NAME, _MFD_CLOEXEC = "stdout", 1
 FREED_BYTES: Final = 1 << 18
-"""Memory that holds kept output is given back in pieces of at least this size."""
+"""The smallest piece in which memory of kept output is given back."""
 
 
 class Spool:

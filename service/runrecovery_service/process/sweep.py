@@ -43,7 +43,8 @@ KILLING_S: Final = 2.0
 LAST_S: Final = 0.5
 """Time after the deadline for processes to die that were killed at the deadline."""
 LONELY_SHIM_S: Final = 0.5
-"""A shim with nothing below it exits within milliseconds. After this time it is killed."""
+"""How long a shim with nothing below it may take to exit before it is killed. It usually takes
+milliseconds."""
 _LISTINGS, _MIN_LISTINGS, LISTING_S = 30, 3, 0.2
 """While new processes appear, one scan lists the pids again: three times in any case, then until
 0.2 s have passed, 30 times at most. Other programs may fork as fast as the machine allows."""

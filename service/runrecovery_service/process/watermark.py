@@ -8,8 +8,8 @@ from typing import Final
 from runrecovery_service.process import procfs
 
 WATERMARK_BITS: Final = 62
-"""Two launches in a billion years get the same number. It is below what setrlimit calls
-unlimited."""
+"""The size of a watermark. Two launches in a billion years get the same number, and setrlimit does
+not take it for "unlimited"."""
 LEAST_WATERMARK_BITS: Final = 40
 
 

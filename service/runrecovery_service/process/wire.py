@@ -34,8 +34,8 @@ GATED, STARTED, REFUSED, EXITED, EMPTY, ENDING = (
 """
 
 AGENT_EXITED, KEPT, REST = "agent.exited", "output.kept", "output.rest"
-"""Entries of the journal: the shim records the exit, and that it has saved the rest of the output;
-the service that it has kept all output."""
+"""Entries of the journal. The shim records the agent's exit, and the rest of the output that it has
+saved. The service records that it has kept all output."""
 
 SERVICE_GONE, LEASE_OVER = "service_gone", "lease_over"
 """Why a shim kills its tree: the gate closed, or no heartbeat came before the deadline."""

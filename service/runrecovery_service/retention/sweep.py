@@ -52,8 +52,9 @@ to the file system."""
 GIVE_BACK_S: Final = 15.0
 """How long a sweep returns pages, including its pauses, before it leaves the rest to the next."""
 WHOLE_EVERY: Final = 60
-"""Once in so many sweeps, the search for parts begins at the oldest run, because a run that was
-kept may be removable by now. All other sweeps continue where the previous sweep ended."""
+"""The number of sweeps after which the search for parts begins at the oldest run again, because a
+run that was kept may be removable by now. All other sweeps continue where the previous one ended.
+"""
 UNKNOWN_SHOWN: Final = 10
 
 PARTS: Final = (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES, RetentionKind.EVENTS)

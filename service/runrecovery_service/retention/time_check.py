@@ -26,7 +26,7 @@ LEAP: Final = timedelta(days=1)
 WAIT: Final = timedelta(hours=1)
 """How long the clock must run after a leap without being set. NTP corrects a clock in minutes."""
 STEP: Final = timedelta(minutes=1)
-"""How far wall clock and steady clock may diverge in this time."""
+"""How far wall clock and steady clock may diverge during `WAIT`."""
 RECORD_EVERY: Final = timedelta(hours=1)
 
 

@@ -18,11 +18,11 @@ Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 OK: Final = grpc.StatusCode.OK
 CODES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
-"""The name of each code, by its number: grpc.aio gives the number of the code that was sent."""
+"""The name of each code, by its number. grpc.aio reports the number of the code that was sent."""
 
 DELAYED: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"})
-"""Codes of refusals that may wait on purpose. They are not timed: one caller with a wrong token
-would look like a slow service."""
+"""The codes of refusals that may wait on purpose. These calls are not timed, because one caller
+with a wrong token would make the service look slow."""
 
 
 class CallMeter:

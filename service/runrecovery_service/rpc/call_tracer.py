@@ -17,8 +17,8 @@ R = TypeVar("R")
 FAULTS: Final = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
-"""Codes that are failures of a server. All others are failures of its callers, by OpenTelemetry's
-semantic conventions for RPC."""
+"""The codes that are failures of the server. By OpenTelemetry's conventions for RPC, all others are
+failures of the caller."""
 
 
 class CallTracer:

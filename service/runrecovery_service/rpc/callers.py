@@ -31,7 +31,7 @@ from runrecovery_service.rpc.refusal_pace import Rate, RefusalPace
 
 AUTHORIZATION: Final = "authorization"
 LOG_INTERVAL_S: Final = 60.0
-"""Refused calls of one caller are logged once in this time, with their number."""
+"""The interval in which refused calls of one caller are logged once, with their number."""
 CHANGED: Final = "the caller of the call was removed or changed; call again"
 
 CALLER: Final[ContextVar[Caller]] = ContextVar("caller", default=NOBODY)

@@ -24,7 +24,8 @@ _VERSION_TAG: Final = 0xA0
 _RSA: Final = bytes.fromhex("2a864886f70d010101")
 _EC: Final = bytes.fromhex("2a8648ce3d0201")
 _CURVES: Final = frozenset({bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2b81040022")})
-"""P-256 and P-384. With P-521 or Ed25519 every handshake of gRPC fails."""
+"""The curves that gRPC can use: P-256 and P-384. With P-521 or Ed25519 every handshake of gRPC
+fails."""
 
 
 def key_problem(chain: bytes) -> str | None:

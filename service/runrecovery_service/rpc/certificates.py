@@ -18,7 +18,7 @@ from runrecovery_service.rpc.certificate_key import key_problem
 
 MAX_FILE_BYTES: Final = 1_048_576
 _HANDSHAKE_STEPS: Final = 10
-"""More than any handshake takes in memory: three."""
+"""The most steps of a handshake in memory. It takes three."""
 
 
 class TlsUnusable(Exception):

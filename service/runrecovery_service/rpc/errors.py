@@ -25,11 +25,12 @@ from runrecovery_service.lazy_dataclass import dataclass
 DOMAIN: Final = "runrecovery"
 STATUS_TRAILER: Final = "grpc-status-details-bin"
 PUSHBACK_TRAILER: Final = "grpc-retry-pushback-ms"
-"""How long gRPC's own retry waits. It does not read RetryInfo."""
+"""The trailer with the time that gRPC's own retry waits. gRPC does not read RetryInfo."""
 
 MAX_VIOLATIONS: Final = 20
 MAX_VIOLATIONS_BYTES: Final = 4000
-"""Together with base64, message and ErrorInfo this stays below 8 KiB."""
+"""The most bytes of violations. With base64, message and ErrorInfo, the trailers stay below 8 KiB.
+"""
 MAX_TEXT_CHARS: Final = 200
 MAX_MESSAGE_BYTES: Final = 300
 MAX_METADATA_BYTES: Final = 1000

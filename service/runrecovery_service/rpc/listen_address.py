@@ -34,9 +34,11 @@ BACKLOG: Final = 1024
 LOCK_TRIES: Final = 100
 LOCK_PAUSE_S: Final = 0.02
 MAX_PATH_BYTES: Final = 100
-"""Linux allows 107, and the socket is bound under a name with 7 more bytes."""
+"""The longest path of a Unix socket. Linux allows 107 bytes, and the socket is first bound under a
+name with 7 more bytes."""
 NO_SUCH_ADDRESS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-"""This machine has no such address, so no other process can listen there."""
+"""The system errors for an address that this machine does not have, so that no other process can
+listen there."""
 
 
 class ListenFailed(OSError):

@@ -14,15 +14,16 @@ from typing import Final
 from runrecovery_service.clock import wait_within
 
 REFUSALS_PER_S: Final = 100.0
-"""Refusals of one caller that are answered in a second. All unknown callers count as one. They
-cost some 3% of a processor."""
+"""How many refusals of one caller are answered in a second. All unknown callers count as one. A
+hundred refusals take some 3% of a processor."""
 MAX_WAITING: Final = 500
 """The most waiting refusals of one caller: less than half of a connection's streams by default."""
 MAX_WAIT_S: Final = 1.0
 """The longest wait. A refusal that can be retried names the same time in its RetryInfo."""
 
 ROUNDING_S: Final = 1e-6
-"""Sums of intervals are inexact: thirds of a second would make a burst one event shorter."""
+"""The tolerance for sums of intervals. Without it, thirds of a second would make a burst one event
+shorter."""
 
 
 class Rate:

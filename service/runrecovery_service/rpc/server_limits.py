@@ -7,25 +7,27 @@ from typing import Final
 from runrecovery_service.lazy_dataclass import dataclass
 
 HANDSHAKE_S: Final = 20.0
-"""A new connection that has not finished its handshake after this time is closed."""
+"""How long a new connection may take to finish its handshake, before it is closed."""
 MAX_WATCHES_PER_CONNECTION: Final = 1_000
 CALLS_PER_CONNECTION: Final = 100
 """How many calls one connection may have beside its watches. Further calls wait in the client."""
 KEEPALIVE_MS: Final = 60_000
-"""A connection that was silent for this long is pinged."""
+"""How long a connection may be silent before it is pinged."""
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
-"""A connection whose ping is not answered within this time is closed."""
+"""How long the answer to a ping may take before the connection is closed."""
 MIN_PING_INTERVAL_MS: Final = 9_000
-"""Clients that ping more often are disconnected. The docs allow a ping every 10 s; the margin is
-for pings that are delayed on their way. The Python client pings every 30 s."""
+"""The shortest interval of pings by a client. Clients that ping more often are disconnected. The
+docs allow a ping every 10 s; the margin is for pings that are delayed on their way. The Python
+client pings every 30 s."""
 
 IDLE_S: Final = 300.0
 PROBE_REQUEST_BYTES: Final = 4096
-"""A health request has a name."""
+"""The largest request of a probe. It has only the name of a service."""
 PROBE_CALLS_PER_CONNECTION: Final = 4
 PROBE_IDLE_S: Final = 5.0
 PROBE_MAX_AGE_S: Final = 10.0
-"""A probe connects, calls and leaves. One that stays would take the place of the next probe."""
+"""How long the connection of a probe may live. A probe that stays would take the place of the next
+one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,8 @@ from runrecovery_service.storage.decision_feed import FeedCursor
 from runrecovery_service.storage.runs import RunProgress
 
 BOOKMARK_S: Final = 15.0
-"""After this long without a response, send a bookmark and read the database for missed changes."""
+"""How long a stream may be without a response. Then it sends a bookmark, and reads the database for
+missed changes."""
 DECISIONS_PER_READ: Final = 500
 
 

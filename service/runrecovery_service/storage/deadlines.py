@@ -39,8 +39,12 @@ _WALL: Final = {
 
 
 DUE_COLUMNS: Final = tuple(_COLUMNS.values())
-"""The columns of deadlines. An instance that cannot know the clock of a run's owner writes 0 into
-each deadline that is to be set, and no `due_clock`. The owner then converts the deadlines."""
+"""The columns of deadlines.
+
+An instance that sets a deadline in a run of another instance does not know the clock of the run's
+owner. It writes 0 into the column of the deadline, and no `due_clock`. The owner then converts the
+deadline.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,8 @@ characters."""
 UNREACHABLE: Final = Fault(
     meaning=StorageUnavailable, what="does not answer, or refuses the connection"
 )
-"""The fault of an error without SQLSTATE: PostgreSQL's driver has none without a connection."""
+"""The fault of an error without SQLSTATE. PostgreSQL's driver raises it if there is no connection.
+"""
 UNREACHABLE_REMEDY: Final = "correct the cause named here, or start again"
 """The hint that follows the driver's message when a start fails."""
 

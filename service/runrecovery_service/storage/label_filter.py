@@ -13,8 +13,8 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 _R = tables.Run
 RARE_LABEL_RUNS: Final = 2000
-"""A label with fewer runs is rare. A query is fastest if it begins with the runs of a rare
-label."""
+"""The number of runs below which a label is rare. A query is fastest if it begins with the runs of
+a rare label."""
 
 
 def filter_by_labels(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 CHANNEL: Final = "runrecovery"
 KEYS_PER_NOTICE: Final = 300
-"""Keeps the payload below the 8000 bytes that PostgreSQL refuses. A key has at most 19 digits."""
+"""The most keys in one hint. A key has at most 19 digits, so the payload stays below the 8000 bytes
+that PostgreSQL refuses."""
 _LOST: Final[tuple[type[Exception], ...]] = (*DRIVER_ERRORS, OSError)
 _UNREADABLE: Final = (ValueError, TypeError, OverflowError, RecursionError)
 """Errors of a payload that is not JSON, has another form, an infinite number, or too many

@@ -17,8 +17,8 @@ AFTER_CRASH_S: Final = 10.0
 """Time limits of the search. `quick_check` reads some 0.5 GB per second if the file is in
 memory."""
 REPEAT_S: Final = 0.05
-"""Seconds between interruptions. One that falls between two statements has no effect, so they
-repeat."""
+"""Seconds between two interruptions. They are repeated, because an interruption between two
+statements has no effect."""
 
 log = structlog.get_logger()
 

@@ -30,7 +30,7 @@ SETTLES_S: Final = 120.0
 for another 60 s."""
 
 PIECE: Final = 20
-"""How many rows of a run one statement deletes. A row can have 64 KiB."""
+"""How many rows of a run one statement deletes. One row can have 64 KiB."""
 
 _CHILDREN: Final = {
     "interaction": "no",
@@ -41,7 +41,7 @@ _CHILDREN: Final = {
     # Deleted last: readers of the output need it until the run's own row is deleted.
     "removed_part": "part",
 }
-"""By table with rows of a run: the column that identifies a row within the run."""
+"""The tables with rows of a run, each with the column that identifies a row within the run."""
 _SETTLED: Final = (
     f"r.status IN ({sql_words(frozenset(TERMINAL))})"
     f" AND r.recovery_state <> '{RecoveryState.QUARANTINED}'"

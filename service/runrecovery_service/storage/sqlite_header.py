@@ -10,7 +10,7 @@ from typing import Final
 from runrecovery_service.domain.start_errors import DatabaseRefused
 
 APPLICATION_ID: Final = 0x52524356
-"""`RRCV`, in the header of every SQLite file of this service."""
+"""The application id in the header of every SQLite file of this service: `RRCV`."""
 APPLICATION_ID_BYTES: Final = APPLICATION_ID.to_bytes(4, "big")
 SQLITE_HEADER_SIZE: Final = 100
 SQLITE_MAGIC: Final = b"SQLite format 3\0"

@@ -29,7 +29,8 @@ from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart, n
 from runrecovery_service.trust.toml_text import Document, Field, Header, Table
 
 MOST_BYTES: Final = 8 << 20
-"""tomllib takes about a second per MiB of tables, and an edit parses the file twice."""
+"""The largest file that is edited. tomllib takes about a second per MiB of tables, and an edit
+parses the file twice."""
 _PROJECTS, _LEVEL, _TRUSTED = "projects", "trust_level", "trusted"
 _ENTRY: Final = f'{_LEVEL} = "{_TRUSTED}"'
 

@@ -32,7 +32,8 @@ from runrecovery_service.trust.errors import (
 from runrecovery_service.trust.locks import lock, read_token
 
 MAX_BYTES: Final = 32 << 20
-"""Twice the limit for adding an entry, so that an entry can be removed from a file that grew."""
+"""The largest file that is edited: twice the limit for adding an entry, so that an entry can be
+removed from a file that grew."""
 BACKUPS: Final = 3
 """Number of earlier versions that are kept."""
 TRIES: Final = 12

@@ -19,9 +19,9 @@ from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 Table: TypeAlias = dict[str, Any]  # as tomllib returns it, with any TOML value in it
 
 MOST_PARTS: Final = 32
-"""Parts of one dotted key. The standard library needs quadratic time for them."""
+"""The most parts of one dotted key. The standard library needs quadratic time for them."""
 MOST_DEPTH: Final = 100
-"""Nested arrays and inline tables."""
+"""The deepest nesting of arrays and inline tables."""
 
 _BLANK: Final = re.compile(r"[ \t]*")
 _BLANK_LINES: Final = re.compile(r"[ \t\r\n]*")

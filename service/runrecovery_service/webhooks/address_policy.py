@@ -10,7 +10,8 @@ Network: TypeAlias = IPv4Network | IPv6Network
 
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _UNICAST: Final = IPv6Network("2000::/3")
-"""Contains all public IPv6 addresses. Ranges that represent IPv4 addresses are outside of it."""
+"""The range of all public IPv6 addresses. Ranges that represent IPv4 addresses are outside of it.
+"""
 _RESERVED: Final[tuple[Network, ...]] = (
     IPv4Network("192.0.0.0/24"),
     IPv6Network("2001::/23"),

@@ -13,7 +13,7 @@ from runrecovery_service.webhooks.endpoint import Endpoint
 from runrecovery_service.webhooks.signature import read_secret
 
 MAX_SECRETS: Final = 2
-"""The present secret, and the secret that will replace it."""
+"""The most secrets of a webhook: the present one, and the one that will replace it."""
 MAX_SECRET_FILE_BYTES: Final = 4096
 
 

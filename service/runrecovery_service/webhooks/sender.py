@@ -41,14 +41,14 @@ LOOK_PAUSE_S: Final = 0.1
 """The shortest pause between two queries for runs with due deliveries."""
 POLL_S: Final = 30.0
 SHARED_POLL_S: Final = 3.0
-"""`POLL_S` of a shared store, where other instances may record events of this instance's runs, and
-their hints may be lost."""
+"""`POLL_S` for a shared store. There other instances may record events of this instance's runs, and
+hints of them may be lost."""
 STORE_PAUSE_S: Final = 1.0
 """The pause after a failed query."""
 TIDY_S: Final = 600.0
 FAILING_S: Final = 3_600
-"""Deliveries are given up only after tries have failed for this long, because a service that was
-down for days must try again first."""
+"""How long tries must have failed before a delivery is given up. A service that was down for days
+must try again first."""
 KEPT_DAYS: Final = 30
 """How long a given-up delivery is kept, so that `retry` can make it due again."""
 STOP_S: Final = 2.0

@@ -37,9 +37,9 @@ from runrecovery_service.engines.sessions.stored_usage import Ledger, UsageNotKn
 from runrecovery_service.lazy_dataclass import dataclass
 
 FIRST_READ: Final = 32 * 1024
-"""Bytes that are read at the beginning and at the end. Codex begins with some 21 KiB."""
+"""How many bytes are read first, at the beginning and at the end. Codex begins with some 21 KiB."""
 MAX_READ: Final = 1024**2
-"""Longest first or last line that is parsed."""
+"""The longest first or last line that is parsed, in bytes."""
 
 log = structlog.get_logger()
 

@@ -18,7 +18,7 @@ from runrecovery_service.engines.sessions.lines import json_object
 from runrecovery_service.lazy_dataclass import dataclass
 
 MOST_BYTES: Final = 64 * 1024**2
-"""A longer file is not read. Reading this one takes some 200 MiB of memory and 2 s."""
+"""The largest file that is repaired. Reading it takes some 200 MiB of memory and 2 s."""
 
 
 class History(Protocol):

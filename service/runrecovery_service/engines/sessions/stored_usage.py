@@ -20,7 +20,7 @@ from runrecovery_service.engines.sessions.lines import Layout, json_object
 from runrecovery_service.lazy_dataclass import dataclass
 
 MOST_BYTES: Final = 64 * 1024**2
-"""A session with longer files is not read."""
+"""The most bytes of a session's files. A session with more is not read."""
 FEWER_CALLS: Final = "fewer_calls"
 """The reason for a session whose calls do not count because it had more calls before."""
 
