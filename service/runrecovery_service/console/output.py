@@ -18,7 +18,7 @@ from runrecovery_service.lazy_dataclass import dataclass
 WINDOW_BYTES: Final = 32 * 1024
 """The most bytes of output on one page. A link leads to earlier output."""
 MAX_PARTIAL_BYTES: Final = 64 * 1024
-"""The longest line of which no part is shown before its end has arrived."""
+"""The longest line that is shown only once it is complete. A longer line is shown in parts."""
 
 CHANNELS: Final = {
     "stdout": run_service_pb2.OUTPUT_CHANNEL_STDOUT,

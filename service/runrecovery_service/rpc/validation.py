@@ -28,7 +28,7 @@ MIN_SESSION_TIMEOUT_S: Final = 0.1
 _SESSION_TIMEOUT: Final = "interactive_profile.session_timeout"
 MAX_LABEL_CHARS: Final = 256
 MAX_NAME_CHARS: Final = 200
-"""Limit for names of engines and rules, and for etags: longer than any that exists."""
+"""The longest name of an engine or a rule, and the longest etag. No real one is as long."""
 
 Violations = Iterator[FieldViolation]
 

@@ -134,7 +134,11 @@ def _remove(text: bytes | None, entries: Mapping[str, Added]) -> Removals:
 
 
 def _parts(parsed: Document, folders: Iterable[str]) -> dict[str, Document]:
-    """Return the document for each folder, with only the statements that can concern it."""
+    """Return for each folder the document with only those statements that can concern the folder.
+
+    If all folders are in one inline table, return nothing for several folders: their removals would
+    overlap.
+    """
     shared: list[Header | Field] = []
     own: dict[str, list[Header | Field]] = {folder: [] for folder in folders}
     for each in parsed.statements:

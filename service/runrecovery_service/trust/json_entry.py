@@ -28,7 +28,7 @@ from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart, n
 
 MOST_BYTES: Final = 16 << 20
 _UNIT: Final = "  "
-"""One step of indentation in a file that shows none."""
+"""One step of indentation, for a file from which none can be taken."""
 
 
 class _Gone(Enum):
@@ -37,16 +37,16 @@ class _Gone(Enum):
 
 _GONE: Final = _Gone.GONE
 _EMPTIED: Final = ("{\n}\n", "{\r\n}\r\n")
-"""A document of ours after the removal of its only entry."""
+"""The text of a document that this service made, after the removal of its only entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonEditor:
-    """Edits entries of a JSON file. An entry has the path `before`, then the folder, then `after`.
+    """Edits entries of a JSON file. The path of an entry: `before`, then the folder, then `after`.
 
     Attributes:
-        before, after: the names in the path before and after the folder's.
-        value: the text of the value.
+        before, after: the names in the path before and after that of the folder.
+        value: the value that an entry gets, as text.
         trusting: the values with which the CLI trusts the folder; `value` is one of them.
     """
 
@@ -125,7 +125,10 @@ class JsonEditor:
         return in_rounds(self, self._remove_some, text, entries)
 
     def _remove_some(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
-        """Remove the entries whose texts do not overlap, if another entry stays in the file."""
+        """Remove those entries whose texts do not overlap.
+
+        Remove none if the file would have no other entry left.
+        """
         source = Text.read(text or b"", most=2 * MOST_BYTES)
         if not source.body.strip(" \t\r\n"):
             return Removals(text=text, outcomes={})
@@ -146,7 +149,7 @@ class JsonEditor:
         return Removals(text=done, outcomes=outcomes)
 
     def _cut(self, body: str, outer: tuple[Object, ...], folder: str, added: Added) -> _Cut:
-        """Return the removal of one entry if other folders are left."""
+        """Return how one entry is removed from a file in which entries of other folders stay."""
         if not added.owned:
             return _Cut(outcome=Outcome.NOT_OURS)
         trail = _follow(body, self._path(folder), known=outer)
@@ -173,7 +176,7 @@ class JsonEditor:
     def _begin(
         self, text: bytes | None, source: Text, folder: str, recorded: frozenset[Made]
     ) -> Edit:
-        """Return the edit that writes a whole document after the existing white space."""
+        """Return the edit of a blank file: a new document, after the white space that is there."""
         newline = newline_of(source.body)
         gap = newline + _UNIT
         entry = _nested(self._path(folder), self.value, gap=gap, unit=_UNIT, colon=": ")
@@ -183,7 +186,7 @@ class JsonEditor:
         return Edit(text=with_reserve(done, MOST_BYTES), added=added)
 
     def _made(self, depth: int) -> frozenset[Made]:
-        """Return the containers that are created with a member at `depth` of the path."""
+        """Return the containers that an insertion at `depth` of the path creates."""
         levels = (Made.PROJECTS,) * len(self.before) + (Made.FOLDER,) * len(self.after)
         return frozenset(levels[depth:])
 
@@ -207,7 +210,7 @@ class JsonEditor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cut:
-    """The removal of one entry. `value` is the new value at `path`, or `_GONE`."""
+    """The removal of one entry: the splice, and the new value at `path` (`_GONE`: no value)."""
 
     outcome: Outcome
     splice: Splice | None = None
@@ -217,9 +220,11 @@ class _Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trail:
-    """The objects along a path, as far as they exist. `leaf` is the member at the end, if any.
+    """The objects along a path, from the root, as far as they exist in the file.
 
-    `is_blocked`: a value that is no object is where the next object would have to be.
+    Attributes:
+        leaf: the member at the end of the path; None: there is none.
+        is_blocked: the path leads through a value that is no object.
     """
 
     path: tuple[str, ...]
@@ -239,14 +244,17 @@ class _Trail:
         )
 
     def cut(self, depth: int) -> tuple[int, int]:
-        """Return the span of the path's member in the object at `depth`."""
+        """Return the span of the text to remove with the path's member in the object at `depth`."""
         holder = self.objects[depth]
         index = holder.find(self.path[depth])
         assert index is not None  # noqa: S101 - the trail went through it
         return holder.cut(index)
 
     def insert(self, body: str, value: str) -> Splice:
-        """Return the splice that adds the rest of the path to the last object, in its style."""
+        """Return the splice that adds the missing part of the path, and the value.
+
+        They are added to the last object that exists, in the style of its members.
+        """
         holder, rest = self.objects[-1], self.path[self.depth :]
         unit = self._unit(body)
         if holder.members:
@@ -269,7 +277,11 @@ class _Trail:
 
 
 def _follow(body: str, path: tuple[str, ...], *, known: tuple[Object, ...] = ()) -> _Trail:
-    """Return the objects along the path. `known`: its first objects, if already parsed."""
+    """Return the objects along the path.
+
+    Args:
+        known: the first of these objects, if they were parsed before.
+    """
     objects: tuple[Object, ...] = ()
     leaf: JsonMember | None = None
     at = json_text.skip_blank(body, 0)
@@ -287,7 +299,13 @@ def _follow(body: str, path: tuple[str, ...], *, known: tuple[Object, ...] = ())
 
 
 def _nested(path: tuple[str, ...], value: str, *, gap: str, unit: str, colon: str) -> str:
-    """Return the text of a member. Nested members on lines of their own are indented further."""
+    """Return the text of a member with this path and value.
+
+    Args:
+        gap: the white space before the member. If it has a line end, nested members are on lines of
+            their own, each indented by one more `unit`.
+        colon: the text between a name and its value.
+    """
     key = json.dumps(path[0], ensure_ascii=False)
     if len(path) == 1:
         return f"{key}{colon}{value}"
@@ -299,7 +317,11 @@ def _nested(path: tuple[str, ...], value: str, *, gap: str, unit: str, colon: st
 
 
 def _proved(source: Text, splices: Sequence[Splice], expected: Model) -> bytes:
-    """Return the file with the splices, after a check that its meaning is as expected."""
+    """Return the file with the splices.
+
+    Raises:
+        TrustFileUnusable: the file would not have the expected value.
+    """
     body = apply_all(splices, source.body)
     try:
         right = json_text.parse(body) == expected
@@ -315,9 +337,10 @@ def _proved(source: Text, splices: Sequence[Splice], expected: Model) -> bytes:
 
 
 def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
-    """Return the edited file. If we made its document and it is empty now, remove the document.
+    """Return the edited file. If we made its document, and the document is empty now, remove it.
 
-    None: we made the file too, so it is removed.
+    Returns:
+        None if we made the file too: the file is then to be removed.
     """
     body = Text.read(done, most=2 * MOST_BYTES).body
     blank = body.removesuffix(_EMPTIED[0]).removesuffix(_EMPTIED[1])
@@ -327,7 +350,7 @@ def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
 
 
 def _with(model: Model, path: tuple[str, ...], value: Model) -> Model:
-    """Return the model with the value at the path. Of equal names the last one is replaced."""
+    """Return the value with a new value at the path. Of repeated names, the last is replaced."""
     if not path:
         return value
     assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
@@ -339,7 +362,7 @@ def _with(model: Model, path: tuple[str, ...], value: Model) -> Model:
 
 
 def _without(model: Model, path: tuple[str, ...]) -> Model:
-    """Return the model without the member at the path, the last one of its name."""
+    """Return the value without the member at the path. Of repeated names, the last is removed."""
     assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
     index = _last(model, path[0])
     assert index is not None  # noqa: S101 - the trail found it
@@ -350,7 +373,7 @@ def _without(model: Model, path: tuple[str, ...]) -> Model:
 
 
 def _changed(model: Model, changes: Mapping[tuple[str, ...], Model | _Gone]) -> Model:
-    """Return the model with new values at existing paths. Of equal names the last one is meant."""
+    """Return the value with new values at existing paths. Of repeated names, the last changes."""
     assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
     below: dict[str, dict[tuple[str, ...], Model | _Gone]] = {}
     for path, value in changes.items():
