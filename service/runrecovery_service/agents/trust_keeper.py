@@ -1,9 +1,9 @@
 """Makes agent CLIs trust the workspaces of living runs, and of no other runs.
 
 The lock of the CLI's file is always taken before the store is used. No file is edited within a
-transaction. Under the lock, an entry is recorded before it is added to the file, and its row is
-changed after the entry is removed from the file. A crash therefore leaves at most a row without an
-entry. `trust_removal.py` decides what is removed from a file, and how the rows change.
+transaction. Under the lock, an entry is recorded before it is added to the file. Its row is changed
+after the entry is removed from the file. A crash therefore leaves at most a row without an entry.
+`trust_removal.py` decides what is removed from a file, and how the rows change.
 """
 
 from __future__ import annotations

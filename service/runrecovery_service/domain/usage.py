@@ -177,8 +177,8 @@ class SessionUsage:
         """Return the usage of the next process alone, which has reported `total`.
 
         This is the difference to the latest total, without `calls`, but at least `at_least`. If a
-        number of the difference is negative or below `at_least`, then `total` is not that of the
-        session but of the process alone, and is returned as it is.
+        number of the difference is negative or below `at_least`, then `total` is of the process
+        alone, and is returned as it is.
 
         Args:
             at_least: the usage that the process certainly had; None: not known.
@@ -251,9 +251,9 @@ def at_end_of_turn(
 ) -> TurnUsage | None:
     """Return the usage of a turn that has ended.
 
-    A total that the agent reported counts as it is. Without a total, the result is the usage of the
-    calls that were added to the session file in this turn, but at least the usage that the agent
-    reported. If the file has fewer calls than before, only the reported usage counts.
+    A total that the agent reported counts as it is. Without a total, the calls that were added to
+    the session file in this turn count, but at least the usage that the agent reported. If the file
+    has fewer calls than before, only the reported usage counts.
 
     Args:
         reported: the report of the agent: a total, or single calls if it was killed; None: no

@@ -2,7 +2,7 @@
 
 Claude Code waits for the answer. A call that matches a pattern of the engine is deferred: Claude
 Code then ends, and the service asks its user. In the turn that resumes with the answer, Claude Code
-asks the hook about the same call again, and the hook gives the answer, once.
+asks the hook about the same call again. The hook gives the answer once.
 
 The hook decides by files that the service wrote before the launch, and by files of its own that
 only one process can create. If it cannot decide, it exits with `BLOCK`, and the call does not run.

@@ -3,10 +3,10 @@
 Everything that the process and its shim report becomes an event in a queue, in the order of
 arrival.
 
-Standard output is read at once, even while the parser or the store is busy, because some agent CLIs
-exit without writing the rest of their output to a full pipe. The output waits in a backlog until it
-is parsed, in memory that the shim can read as well, so that none of it is lost when the service is
-killed.
+Standard output is read at once, even while the parser or the store is busy. Otherwise the pipe
+would fill up, and some agent CLIs exit without writing the rest of their output to a full pipe. The
+output waits in a backlog until it is parsed. The shim can read this memory too, so that no output
+is lost when the service is killed.
 """
 
 from __future__ import annotations

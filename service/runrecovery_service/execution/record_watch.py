@@ -30,8 +30,8 @@ RETRY_S: Final = 0.5
 class RecordWatch:
     """Reads the record of each running turn whose run has changed, and informs its supervisor.
 
-    After a change in doubt, whose COMMIT answer was lost, it reads the records of all turns at
-    once, because a cancel or a reply may be committed although its caller got an error. On a shared
+    After a change in doubt (the answer to its COMMIT was lost), it reads the records of all turns
+    at once. A cancel or a reply may be committed although its caller got an error. On a shared
     store it also polls for runs with new events, in one query for all turns.
     """
 

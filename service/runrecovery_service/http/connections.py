@@ -1,8 +1,8 @@
 """Limits the number of connections of the HTTP server, and how long each may be silent.
 
-uvicorn speaks HTTP. This module adds three limits: on the number of connections, where a new one
-replaces an idle one; on the time for the head of a request; on the time for which a client reads
-nothing.
+uvicorn speaks HTTP. This module adds three limits. The number of connections is limited, and a new
+connection replaces an idle one. The head of a request must arrive in time. A client that reads
+nothing for too long loses its connection.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ A launch has up to four markers, strongest first:
 A process belongs to a launch if it carries a marker or descends from a process that does. Any other
 process is never signalled.
 
-Two kinds of processes are missed: a descendant that lost its parents, cleaned its environment *and*
-lowered its limit on purpose; and a process that a `hidepid` mount of /proc hides from the service's
-user.
+Two kinds of processes are missed. The first lost its parents, cleaned its environment *and* lowered
+its limit on purpose. The second is hidden from the service's user by a `hidepid` mount of /proc.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def save(pipe: int, spool: int, path: str, *, is_stopped: bool) -> str:
     No other process may read the pipe.
 
     Args:
-        is_stopped: the service has stopped as planned and may have asked the agent to end, so that
-            the end of the output does not prove that the agent's turn was complete.
+        is_stopped: the service has stopped as planned, and may have asked the agent to end. The end
+            of the output then does not prove that the turn was complete.
 
     Returns:
         The facts for the journal, as members of a JSON object.

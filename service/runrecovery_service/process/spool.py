@@ -1,8 +1,8 @@
 """Standard output of an agent that is not in its output file yet, in memory shared with the shim.
 
-The bytes go from the pipe into this memory by one system call (splice), so they are always in the
-pipe, in the spool or in the output file, whenever the service is killed. The shim then saves what
-is not in the file (`output_rest.py`).
+One system call (splice) moves the bytes from the pipe into this memory. So whenever the service is
+killed, they are in the pipe, in the spool or in the output file. The shim then saves what is not in
+the file (`output_rest.py`).
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ class HandOver:
     def run(self, db: Database) -> None:
         """Hand over the runs that peers can continue.
 
-        After an error, the remaining runs keep their owner, and none is lost. The decisions of the
-        stop include them, peers take queued runs of a stopped instance, and the next start or a
-        takeover finds the others.
+        After an error, the remaining runs keep their owner, and none is lost: the stop decides on
+        them. Afterwards peers may take the queued ones, and the next start or a takeover finds the
+        others.
 
         Raises:
             Fenced: a newer epoch of this instance has started.

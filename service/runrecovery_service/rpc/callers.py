@@ -3,8 +3,8 @@
 A call carries a bearer token as metadata, or comes on a connection with a certificate. If a call
 has a token, only the token counts: a call with a wrong token is refused, whatever its certificate.
 
-Tokens are compared by their SHA-256, in constant time. The digests are looked up under a random key
-of this process, so that the time of a lookup shows nothing about the stored digests.
+Tokens are compared by their SHA-256, in constant time. The keys of the lookup also depend on a
+random key of this process, so that the time of a lookup shows nothing about the stored digests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Answers the refused calls of a caller at a bounded rate.
 
-A refused call costs a tenth of a millisecond or more of the processor, and a caller that is refused
-at once may call again at once. Such a caller would slow down every other one. So refusals beyond a
-rate are answered late: they wait, and a caller without a pause is slowed by its own calls.
+A refused call costs at least 0.1 ms of processor time. A caller that is refused at once may call
+again at once, and so slow down every other caller. So refusals beyond a rate wait, which slows down
+a caller that calls without a pause.
 """
 
 from __future__ import annotations

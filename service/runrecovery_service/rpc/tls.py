@@ -2,8 +2,8 @@
 
 gRPC asks for the certificate before each handshake, on a thread of its own. A changed file is
 noticed there: all files are read together and tried (`certificates.py`), and used only if that
-succeeds. A pair of which only one file was replaced fails, so the previous pair stays in use until
-the other file is replaced as well. A changed `client_ca` is used even while the pair is refused.
+succeeds. While only one file of a pair is replaced, the new pair fails, and the previous pair stays
+in use. A changed `client_ca` is used even while the pair is refused.
 """
 
 from __future__ import annotations

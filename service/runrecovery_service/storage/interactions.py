@@ -64,9 +64,9 @@ def reply(
     """Accept the reply to the open question. An accepted reply is never lost.
 
     A resumable run becomes QUEUED for its next turn. A sticky run becomes RUNNING. If the same
-    reply is already recorded, the run is returned unchanged, and the reply is announced again,
-    because the turn may have missed it. On PostgreSQL the run may belong to another instance, which
-    then passes the reply to the agent.
+    reply is already recorded, the run is returned unchanged. The reply is announced again, because
+    the turn may have missed it. On PostgreSQL the run may belong to another instance, which then
+    passes the reply to the agent.
 
     Raises:
         RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,

@@ -270,8 +270,8 @@ def _kept(db: Database, run: Run, steady: SteadyTime | None, now: datetime) -> _
     """Return the values of a failed run that were kept for ReopenRun.
 
     Args:
-        steady: the time of the clock on which the run's deadlines are measured; None: they are
-            measured on another host's clock, so the wall clock decides.
+        steady: the time of the steady clock of the run's deadlines; None: that clock is on another
+            host, so the wall clock decides.
 
     Raises:
         RunNotReopenable: the window has passed.

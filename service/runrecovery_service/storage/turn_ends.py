@@ -44,8 +44,8 @@ def record_end(
 ) -> Run:
     """Record the end of a turn and of its launch in one transaction.
 
-    An accepted cancel overrides the end. A repetition, after the answer to the commit was lost,
-    changes nothing, even if the run is in a later turn, or a peer has taken it.
+    An accepted cancel overrides the end. The call is repeated if the answer to the commit was lost.
+    A repetition changes nothing, even if the run is in a later turn, or a peer has taken it.
 
     Args:
         due: the deadline of the wait that begins with a question; None: no deadline.

@@ -4,8 +4,8 @@ The lock file contains a random token, which identifies the place of the edited 
 only be removed in the place in which it was added. If a file system is not mounted, or another one
 is mounted instead, the lock file is missing or has another token.
 
-It calls `flock` itself instead of using a lock library, because the token must be read and written
-through the same open file that holds the lock.
+No lock library is used, because the token must be read and written through the open file that holds
+the lock.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Computes the history that Gemini CLI reads from a session file, and its corrections. Pure.
 
 The Gemini API refuses a conversation in which a call of a tool has no response, or two. Gemini CLI
-0.61.0 stores a response twice, in the message with the call and as a message of the user, and sends
+0.61.0 stores a response twice: in the message with the call, and as a message of the user. It sends
 both when it resumes the session. A later line with the `id` of a message replaces that message, so
 new lines at the end of the file can correct the history.
 """
