@@ -22,7 +22,7 @@ READ_S: Final = 30.0
 """Time limit for reading the files of the configuration, the tokens and the certificates."""
 
 Apply: TypeAlias = Callable[[], None]
-"""Replaces a part of the service by a prepared one. Neither blocks nor fails."""
+"""Puts a prepared part of the service in place of the present one. It neither blocks nor fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

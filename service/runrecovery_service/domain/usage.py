@@ -64,7 +64,10 @@ class Usage:
         return self._combine(more, 1)
 
     def minus(self, part: Usage) -> Usage:
-        """Return the difference, in which numbers may be negative, with the model of this one."""
+        """Return this usage without `part`. A number of the result may be negative.
+
+        The result has the model of this usage.
+        """
         return replace(self._combine(part, -1), model=self.model)
 
     def at_least(self, floor: Usage) -> Usage:
