@@ -182,12 +182,13 @@ soak: $(READY) ## 20,000 runs of 3 years under retention: rows, disk and memory 
 
 bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/recovery.py --runs 20000 --rounds 3
+	@$(BIN)/python bench/recovery.py --runs 20000 --rounds 1 --database postgresql
 	@$(BIN)/python bench/rpc.py --seconds 3 --rounds 3
 	@$(BIN)/python bench/start.py --rounds 5
 	@$(BIN)/python bench/processes.py --rounds 3 --trees 50 --launches 2000
 	@$(BIN)/python bench/watch.py --rounds 3 --seconds 1
 	@$(BIN)/python bench/sessions.py --files 500 --rounds 3
-	@$(BIN)/python bench/replicas.py --runs 20000 --rounds 1 --seconds 1
+	@$(BIN)/python bench/replicas.py --rounds 1 --seconds 1
 	@$(BIN)/python bench/console.py --runs 20000 --rounds 3 --seconds 1
 	@$(BIN)/python bench/memory.py --runs 400 --every 200
 

@@ -1,8 +1,8 @@
 """Measures how long a restart takes to recover many runs, against the simplest SQL for the task.
 
-    python bench/recovery.py --runs 100000 --rounds 3 --database sqlite
+    python bench/recovery.py --runs 10000 100000 --rounds 3 --database sqlite
 
-Three ways, each on a fresh copy of one seeded store, in a process of its own, in turns:
+The ways, each on a fresh copy of one seeded store, in a process of its own, in turns:
 
 floor    Plain SQL on the same tables and indexes, batches of 20,000 by integer key: one CASE for
          the statuses, the history by INSERT ... SELECT, the questions closed. It checks nothing:
@@ -10,12 +10,17 @@ floor    Plain SQL on the same tables and indexes, batches of 20,000 by integer 
 stand-in A peer's published shape rebuilt: an object-relational save per run, 1,000 to a commit,
          on a smaller sample and scaled to the number of runs. It is not that peer.
 ours     `Recovery.run` as the service calls it, with no process left to end.
+takeover The same for the runs of a dead peer. PostgreSQL only.
+
+Processor time is that of the process, and of its backend in PostgreSQL. It is steadier than the
+time that passes, which includes waits for the disk and for other programs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import resource
 import shutil
@@ -39,13 +44,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import Cause, TrustClearing
+from runrecovery_service.domain.recovery_matrix import NOTHING
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
-from runrecovery_service.recovery.reconcile import Leftovers, Recovery, RecoveryLimits
+from runrecovery_service.recovery.reconcile import (
+    DeadInstance,
+    Leftovers,
+    Recovery,
+    RecoveryLimits,
+)
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import tables
+from runrecovery_service.storage import tables, takeover
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.dead_instances import TakeoverRules
+from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchRecord
 from runrecovery_service.storage.opening import open_database
 
@@ -100,9 +113,10 @@ FLOOR: Final = (_REMEMBER, _CLOSE, _APPLY)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One measurement: total seconds, seconds of the longest transaction, and growth in MiB."""
+    """One measurement: seconds in all, of the processors, of the longest transaction; MiB."""
 
     seconds: float
+    cpu_s: float
     longest_s: float
     grown_mib: float
 
@@ -175,14 +189,38 @@ class Nothing:
 
 def ours(db: Database, data_dir: Path) -> None:
     """The service's own recovery; its log goes to /dev/null."""
+    owner = claim(db, instance=INSTANCE, data_dir=data_dir)
+    _recover(db, data_dir, owner, Cause.STARTUP)
+
+
+def take_over(db: Database, data_dir: Path) -> None:
+    """The takeover of the instance by a peer, as `TakeoverLoop` does it."""
+    peer = claim(db, instance="peer", data_dir=data_dir)
+    rules = TakeoverRules(owner=peer, shares_workspaces=True, lease_ttl_s=0.0, host_return_s=1.0)
+    taken = takeover.begin(db, rules, INSTANCE)
+    if taken is None:
+        raise RuntimeError("there is nothing to take over")
+    dead = DeadInstance(
+        owner=taken.dead,
+        demand_current=taken.demand_current,
+        is_here=lambda _: True,
+        elsewhere=NOTHING,
+    )
+    _recover(db, data_dir, peer, Cause.TAKEOVER, dead)
+    takeover.finish(db, taken, peer)
+
+
+def _recover(
+    db: Database, data_dir: Path, owner: Owner, cause: Cause, dead: DeadInstance | None = None
+) -> None:
     with Path(os.devnull).open("w") as nowhere:
         structlog.configure(
             processors=[structlog.processors.JSONRenderer()],
             logger_factory=structlog.PrintLoggerFactory(file=nowhere),
         )
         Recovery(
-            owner=claim(db, instance=INSTANCE, data_dir=data_dir),
-            cause=Cause.STARTUP,
+            owner=owner,
+            cause=cause,
             clock=Clock(),
             limits=RecoveryLimits(
                 batch_rows=BATCH,
@@ -197,6 +235,7 @@ def ours(db: Database, data_dir: Path) -> None:
                 launches=Nothing(),
                 trust=Nothing(),
             ),
+            dead=dead,
         ).run(db, RecoveryStatus())
 
 
@@ -204,6 +243,7 @@ WAYS: Final[dict[str, Callable[[Database, Path], None]]] = {
     "floor": floor,
     "stand-in": stand_in,
     "ours": ours,
+    "takeover": take_over,
 }
 
 
@@ -211,14 +251,26 @@ def measure(way: str, url: str, data_dir: Path) -> Measured:
     """Run one way on a store, in this process."""
     opened = open_database(url, data_dir)
     db = TimedDatabase(opened.peewee, opened.dialect, opened.name)
+    row = db.fetch_one("SELECT pg_backend_pid()") if url else None
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    begun = time.perf_counter()
+    begun, cpu_before = time.perf_counter(), _cpu_s(row)
     WAYS[way](db, data_dir)
-    seconds = time.perf_counter() - begun
+    seconds, cpu_s = time.perf_counter() - begun, _cpu_s(row) - cpu_before
     before_kib = pages * resource.getpagesize() // 1024
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
     db.close()
-    return Measured(seconds=seconds, longest_s=db.longest_s, grown_mib=grown_kib / 1024)
+    return Measured(
+        seconds=seconds, cpu_s=cpu_s, longest_s=db.longest_s, grown_mib=grown_kib / 1024
+    )
+
+
+def _cpu_s(backend: tuple[int] | None) -> float:
+    """Return the processor time of this process and of its backend in PostgreSQL."""
+    used = time.process_time()
+    if backend is not None:
+        fields = Path(f"/proc/{backend[0]}/stat").read_text().rpartition(")")[2].split()
+        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
 
 
 # -- stores ------------------------------------------------------------------------------------
@@ -276,38 +328,40 @@ def stores(database: str) -> Iterator[Stores]:
 
 
 def compare(stores: Stores, *, runs: int, rounds: int) -> dict[str, list[Measured]]:
-    """Measure the floor and the service in turns, and once per round the stand-in on its sample."""
-    full = stores.seeded("full", runs)
-    sample = stores.seeded("sample", min(runs, STAND_IN_SAMPLE))
-    measured: dict[str, list[Measured]] = {way: [] for way in WAYS}
+    """Measure the ways in turns, the stand-in once and on its sample."""
+    full = stores.seeded(f"full{runs}", runs)
+    sample = stores.seeded(f"sample{runs}", min(runs, STAND_IN_SAMPLE))
+    ways = ("floor", "ours", *(("takeover",) if stores.server else ()))
+    measured: dict[str, list[Measured]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for way in WAYS:
-            measured[way].append(stores.measure(way, sample if way == "stand-in" else full))
-    return measured
+        for way, results in measured.items():
+            results.append(stores.measure(way, full))
+    return measured | {"stand-in": [stores.measure("stand-in", sample)]}
 
 
-def show(measured: dict[str, list[Measured]], *, runs: int, database: str) -> None:
-    """Print the table."""
-    table = Table(title=f"Recovery of {runs:,} runs, {database}")
+def show(measured: dict[int, dict[str, list[Measured]]], *, database: str) -> None:
+    """Print the table. Ratios are the median of the rounds' ratios to the floor."""
+    table = Table(title=f"Recovery, {database}")
     for heading in (
-        "way", "µs per run, min", "median", "max", "seconds, median", "ratio to floor",
+        "runs", "way", "CPU µs per run", "to floor", "µs per run", "to floor",
         "longest transaction, s", "memory grown, MiB",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "way" else "right")
-    best = statistics.median(m.seconds for m in measured["floor"]) / runs
-    for way, results in measured.items():
-        rows = min(runs, STAND_IN_SAMPLE) if way == "stand-in" else runs
-        each = sorted(m.seconds / rows for m in results)
-        middle = statistics.median(each)
-        table.add_row(
-            way,
-            *(f"{1e6 * s:.1f}" for s in (each[0], middle, each[-1])),
-            f"{middle * runs:.2f}" + (" (scaled)" if rows != runs else ""),
-            f"{middle / best:.2f}",
-            f"{max(m.longest_s for m in results):.3f}",
-            f"{max(m.grown_mib for m in results):.1f}",
-        )
-    Console(width=130).print(table)
+    for runs, ways in measured.items():
+        for way, results in ways.items():
+            rows = min(runs, STAND_IN_SAMPLE) if way == "stand-in" else runs
+            pairs = list(zip(results, ways["floor"], strict=False))  # the stand-in has one round
+            table.add_row(
+                f"{runs:,}",
+                way,
+                f"{1e6 * statistics.median(m.cpu_s for m in results) / rows:.1f}",
+                f"{statistics.median(m.cpu_s / f.cpu_s for m, f in pairs) * runs / rows:.2f}",
+                f"{1e6 * statistics.median(m.seconds for m in results) / rows:.1f}",
+                f"{statistics.median(m.seconds / f.seconds for m, f in pairs) * runs / rows:.2f}",
+                f"{max(m.longest_s for m in results):.3f}",
+                f"{max(m.grown_mib for m in results):.1f}",
+            )
+    Console(width=110).print(table)
 
 
 def main() -> None:
@@ -315,19 +369,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=100_000)
+    parser.add_argument("--runs", type=int, nargs="+", default=[100_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     for inner in ("--measure", "--url", "--dir"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+    )
     if args.measure:
         print(json.dumps(asdict(measure(args.measure, args.url, Path(args.dir)))))
         return
     with stores(args.database) as places:
-        measured = compare(places, runs=args.runs, rounds=args.rounds)
-    show(measured, runs=args.runs, database=args.database)
+        measured = {runs: compare(places, runs=runs, rounds=args.rounds) for runs in args.runs}
+    show(measured, database=args.database)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""Measures takeovers and throughput of several replicas on one PostgreSQL, in some minutes.
+"""Measures the throughput of several replicas on one PostgreSQL.
 
-    python bench/replicas.py --runs 10000,100000 --rounds 2 --seconds 3
+    python bench/replicas.py --rounds 2 --seconds 3
 
-takeover  The recovery of a dead peer's runs, beside that of the same runs at its own start. Each on
-          a fresh copy of one seeded database, in a process of its own, in turns. With shared
-          workspaces, so that both make the same decisions.
-calls     CreateRun and SubmitReply at 1, 2 and 3 replicas at once, with a load generator for each,
-          beside pgbench with as many connections as there are callers. A transaction of pgbench
-          inserts one row of the size of a run's input. Each number of replicas has a new database.
+CreateRun and SubmitReply at 1, 2 and 3 replicas at once, with a load generator for each, beside
+pgbench with as many connections as there are callers. A transaction of pgbench inserts one row of
+the size of a run's input. Each number of replicas has a new database. `recovery.py` measures
+takeovers.
 """
 
 from __future__ import annotations
@@ -16,13 +14,11 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -38,28 +34,11 @@ from runrecovery.v1 import run_service_pb2 as pb
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runrecovery_service.clock import Clock
-from runrecovery_service.domain.reconciliation import Cause
-from runrecovery_service.domain.recovery_matrix import NOTHING
-from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
-from runrecovery_service.recovery.reconcile import (
-    DeadInstance,
-    Leftovers,
-    Recovery,
-    RecoveryLimits,
-)
-from runrecovery_service.recovery.status import RecoveryStatus
-from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import takeover
-from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.dead_instances import TakeoverRules
 from runrecovery_service.storage.opening import open_database
 
 from bench.load import Target, generate
 from bench.postgres import ScratchPostgres, scratch_postgres
-from bench.recovery import BATCH, INSTANCE, Nothing
-from bench.recovery import ours as own_restart
-from bench.seed import DEFAULT_MIX, Seeding, claim, fill
+from bench.seed import Seeding, claim, fill
 from bench.servers import CONFIG, Server, service
 
 REPLICAS: Final = (1, 2, 3)
@@ -71,88 +50,6 @@ REPLIES_PER_S: Final = 2000
 CREATE: Final = "/runrecovery.v1.RunService/CreateRun"
 REPLY: Final = "/runrecovery.v1.RunService/SubmitReply"
 RAW: Final = f"INSERT INTO raw (text) VALUES (repeat('x', {INPUT_BYTES}));\n"
-
-
-# -- takeover ------------------------------------------------------------------------------------
-
-
-def take_over(db: Database, data_dir: Path) -> None:
-    """Take over the seeded instance, as `TakeoverLoop` does it."""
-    peer = claim(db, instance="peer", data_dir=data_dir)
-    rules = TakeoverRules(owner=peer, shares_workspaces=True, lease_ttl_s=0.0, host_return_s=1.0)
-    taken = takeover.begin(db, rules, INSTANCE)
-    if taken is None:
-        raise RuntimeError("there is nothing to take over")
-    Recovery(
-        owner=peer,
-        cause=Cause.TAKEOVER,
-        clock=Clock(),
-        limits=RecoveryLimits(
-            batch_rows=BATCH,
-            batch_s=1.0,
-            safe_mode_after=0,
-            safe_mode_window_s=0,
-            reopen_window_s=3600,
-        ),
-        stop=StopSignal(),
-        leftovers=Leftovers(
-            sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: data_dir),
-            launches=Nothing(),
-            trust=Nothing(),
-        ),
-        dead=DeadInstance(
-            owner=taken.dead,
-            demand_current=taken.demand_current,
-            is_here=lambda _: True,
-            elsewhere=NOTHING,
-        ),
-    ).run(db, RecoveryStatus())
-    takeover.finish(db, taken, peer)
-
-
-WAYS: Final = {"restart": own_restart, "takeover": take_over}
-
-
-def measure(way: str, url: str, data_dir: Path) -> float:
-    """Return the seconds that one way takes on a database, in this process."""
-    db = open_database(url, data_dir)
-    with Path(os.devnull).open("w") as nowhere:
-        structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=nowhere))
-        begun = time.perf_counter()
-        WAYS[way](db, data_dir)
-        seconds = time.perf_counter() - begun
-    db.close()
-    return seconds
-
-
-def seed(server: ScratchPostgres, folder: Path, name: str, runs: int) -> None:
-    """Make a database with the runs of an instance whose lease is over."""
-    db = open_database(server.create(name), folder)
-    owner = claim(db, instance=INSTANCE, data_dir=folder)
-    fill(db, owner, Seeding(runs=runs, mix=DEFAULT_MIX), now=datetime.now(UTC))
-    db.peewee.connection().autocommit = True
-    db.peewee.cursor().execute("VACUUM ANALYZE")
-    db.close()
-
-
-def compare_takeovers(
-    server: ScratchPostgres, folder: Path, *, runs: int, rounds: int
-) -> dict[str, list[float]]:
-    """Return the seconds of each way, by round."""
-    seed(server, folder, f"seeded_{runs}", runs)
-    took: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(rounds):
-        for way, seconds in took.items():
-            copy = f"copy_{runs}_{way}_{number}"
-            url = server.create(copy, template=f"seeded_{runs}")
-            done = subprocess.run(
-                [sys.executable, __file__, "--measure", way, "--url", url, "--dir", folder],
-                check=True,
-                stdout=subprocess.PIPE,
-            )
-            seconds.append(float(json.loads(done.stdout)))
-            server.drop(copy)
-    return took
 
 
 # -- calls ---------------------------------------------------------------------------------------
@@ -257,19 +154,6 @@ def measure_calls(
 # -- the tables ----------------------------------------------------------------------------------
 
 
-def show_takeovers(console: Console, measured: dict[int, dict[str, list[float]]]) -> None:
-    """Print how a takeover compares with a restart."""
-    table = Table(title="Recovery of the runs of one instance, PostgreSQL")
-    for heading in ("runs", "own restart, s", "takeover, s", "ratio, median of the rounds"):
-        table.add_column(heading, justify="right")
-    for runs, took in measured.items():
-        pairs = zip(took["takeover"], took["restart"], strict=True)
-        ratio = statistics.median(one / other for one, other in pairs)
-        medians = (f"{statistics.median(took[way]):.2f}" for way in WAYS)
-        table.add_row(f"{runs:,}", *medians, f"{ratio:.2f} x")
-    console.print(table)
-
-
 def show_calls(console: Console, measured: dict[int, list[tuple[float, float, float]]]) -> None:
     """Print the calls per second, beside pgbench."""
     table = Table(title=f"Calls per second, {CALLERS} callers of each replica")
@@ -286,37 +170,23 @@ def show_calls(console: Console, measured: dict[int, list[tuple[float, float, fl
 
 
 def main() -> None:
-    """Measure both, or (as the process that compares starts it) one recovery."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", default="10000,100000", help="0: no takeovers")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3.0, help="0: no calls")
-    for inner in ("--measure", "--url", "--dir"):
-        parser.add_argument(inner, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=3.0)
     args = parser.parse_args()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
     )
-    if args.measure:
-        print(json.dumps(measure(args.measure, args.url, Path(args.dir))))
-        return
-    console = Console(width=130)
     with (
         tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as name,
         scratch_postgres("max_wal_size=4GB", "max_connections=200") as server,
     ):
-        top = Path(name)
-        sizes = [int(runs) for runs in args.runs.split(",") if int(runs)]
-        takeovers = {
-            runs: compare_takeovers(server, top, runs=runs, rounds=args.rounds) for runs in sizes
-        }
-        if takeovers:
-            show_takeovers(console, takeovers)
-        if args.seconds:
-            show_calls(console, _calls(server, top, rounds=args.rounds, seconds=args.seconds))
+        calls = _calls(server, Path(name), rounds=args.rounds, seconds=args.seconds)
+        show_calls(Console(width=130), calls)
 
 
 def _calls(

@@ -171,10 +171,7 @@ def decisions_of_batch(
         return []
     return db.fetch_all(
         "SELECT r.run_id, e.rule, e.status_before, e.status_after"
-        " FROM run r JOIN recovery_event e ON e.run = r.id AND e.no = r.recovery_count"
-        # `+ 0` makes the query use the index of recovered runs: the range may have many ended runs.
-        " WHERE (r.id + 0) BETWEEN ? AND ? AND e.reconciliation = ? AND r.recovered_at >="
-        " (SELECT c.started_at FROM reconciliation c WHERE c.id = ?)"
-        " ORDER BY r.recovered_at, r.id LIMIT ?",
-        (batch.first, batch.last, reconciliation_key, reconciliation_key, limit),
+        " FROM recovery_event e JOIN run r ON r.id = e.run AND r.recovery_count = e.no"
+        " WHERE e.reconciliation = ? AND e.run BETWEEN ? AND ? ORDER BY e.run LIMIT ?",
+        (reconciliation_key, batch.first, batch.last, limit),
     )

@@ -26,7 +26,7 @@ from runrecovery_service.storage import deadlines, found_ends, interruptions, we
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
 from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
-from runrecovery_service.storage.recovery_sql import IN_RANGE, damage_sql, decisions_sql
+from runrecovery_service.storage.recovery_sql import IN_RANGE, damage_sql, decisions_sql, is_one_of
 from runrecovery_service.storage.reports import own_reports
 from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind, SqlDialect
@@ -100,29 +100,28 @@ def next_batch(db: Database, scope: RecoveryScope, *, after: int, rows: int) -> 
     return Batch(*row) if row and row[2] else None
 
 
-_TERMINAL: Final = sql_words(tuple(s.value for s in RunStatus if s.is_terminal))
-_KEEPING: Final = sql_words((*(r.name for r in MATRIX if r.keeps), QUARANTINE_RULE))
-_REOPENABLE: Final = sql_words(REOPENABLE)
-_UNTOUCHED: Final = sql_words(
-    (RecoveryState.RECOVERED_WAITING.value, RecoveryState.QUARANTINED.value)
-)
+_KEEPING: Final = frozenset((*(rule.name for rule in MATRIX if rule.keeps), QUARANTINE_RULE))
+_ENDS: Final = is_one_of("e.status_after", tuple(s.value for s in RunStatus if s.is_terminal))
+_KEEPS: Final = is_one_of("e.rule", _KEEPING)
+_REOPENABLE: Final = is_one_of("e.rule", REOPENABLE)
+_UNTOUCHED: Final = (RecoveryState.RECOVERED_WAITING.value, RecoveryState.QUARANTINED.value)
 
 # A run that keeps waiting, or is quarantined, keeps its version, because its own state has not
 # changed. The service must accept a reply with an etag from before the restart.
-_KEPT: Final = f"e.recovery_state IN ({_UNTOUCHED}) AND e.status_before = e.status_after"
+_KEPT: Final = f"{is_one_of('e.recovery_state', _UNTOUCHED)} AND e.status_before = e.status_after"
 _APPLIED: Final = {
     "event_count": "e.sequence",
     "wait_due_us": f"CASE WHEN e.status_after = '{RunStatus.WAITING_USER}'"
     " THEN run.wait_due_us END",
-    "run_due_us": f"CASE WHEN e.status_after NOT IN ({_TERMINAL}) THEN run.run_due_us END",
-    "resume_due_us": f"CASE WHEN e.status_after NOT IN ({_TERMINAL}) THEN run.resume_due_us END",
-    "resume_at": f"CASE WHEN e.status_after NOT IN ({_TERMINAL}) THEN run.resume_at END",
+    **{
+        name: f"CASE WHEN {_ENDS} THEN NULL ELSE run.{name} END"
+        for name in ("run_due_us", "resume_due_us", "resume_at")
+    },
     "status": "e.status_after",
     "error_code": "COALESCE(e.error_code, run.error_code)",
-    "session_type": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_type END",
-    "session_value": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_value END",
-    "ended_at": f"CASE WHEN e.status_after IN ({_TERMINAL}) THEN e.recovered_at"
-    " ELSE run.ended_at END",
+    "session_type": f"CASE WHEN {_KEEPS} THEN run.session_type END",
+    "session_value": f"CASE WHEN {_KEEPS} THEN run.session_value END",
+    "ended_at": f"CASE WHEN {_ENDS} THEN e.recovered_at ELSE run.ended_at END",
     "updated_at": f"CASE WHEN {_KEPT} THEN run.updated_at ELSE e.recovered_at END",
     "version": f"run.version + CASE WHEN {_KEPT} THEN 0 ELSE 1 END",
     "recovered_version": f"run.version + CASE WHEN {_KEPT} THEN 0 ELSE 1 END",
@@ -132,11 +131,30 @@ _APPLIED: Final = {
     "recovery_count": "e.no",
     "reconciliation": "e.reconciliation",
 }
+# The session of a run that can be reopened, and until when. Parameters: `scope.reopen`.
+_RETIRED: Final = {
+    name: f"CASE WHEN {_REOPENABLE} THEN {value} ELSE run.{name} END"
+    for name, value in {
+        "retired_type": "run.session_type",
+        "retired_value": "run.session_value",
+        "reopenable_until": "?",
+        "reopen_due_us": "?",
+        "due_clock": "?",
+    }.items()
+}
 _STAYING: Final = sql_words(tuple(rule.name for rule in MATRIX if rule.stays))
 _EVENT: Final = (
     "FROM recovery_event e WHERE e.run = run.id AND e.no = run.recovery_count + 1"
     " AND e.reconciliation = ?"
 )
+
+# The new decisions `e` of a batch, read by the primary key: `+` keeps SQLite from the index of the
+# feed, which lacks the columns. Parameters: `_new_params`.
+_NEW: Final = "e.run BETWEEN ? AND ? AND +e.reconciliation = ?"
+
+
+def _new_params(scope: ApplyScope, batch: Batch) -> tuple[int, int, int]:
+    return batch.first, batch.last, scope.reconciliation_key
 
 
 def _new_owner(scope: ApplyScope, rule: str) -> tuple[dict[str, str], tuple[object, ...]]:
@@ -245,12 +263,10 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     bounds = (batch.first, batch.last, *scope.params)
     _lock_rows(db, bounds)
     _record_decisions(db, scope, batch, bounds)
-    decided = _count_decisions(db, scope, bounds)
+    decided = _count_decisions(db, scope, batch)
     quarantined = decided.decisions.get(QUARANTINE_RULE, 0)
     damaged = _record_damaged(db, scope, bounds) if quarantined else ()
     questions = _close_questions(db, scope, batch)
-    if REOPENABLE & decided.decisions.keys():
-        _retire_sessions(db, scope, batch)
     if {RESUMED_RULE, QUEUED_FOR_HOST_RULE} & decided.decisions.keys():
         interruptions.record_batch(db, scope, first=batch.first, last=batch.last)
     if found_ends.RULES & decided.decisions.keys():
@@ -260,9 +276,12 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     changed = sum(decided.decisions.values())
     all_decided = changed == batch.rows
     report = (scope.reconciliation_key,)
-    owned_by, values = _new_owner(scope, "e.rule")
+    columns, values = _new_owner(scope, "e.rule")
+    if REOPENABLE & decided.decisions.keys():
+        reopen = scope.reopen
+        columns, values = columns | _RETIRED, (*values, to_us(reopen.at), reopen.us, reopen.clock)
     db.execute(
-        _apply_sql(db.dialect, batch, _APPLIED | owned_by, all_decided=all_decided),
+        _apply_sql(db.dialect, batch, _APPLIED | columns, all_decided=all_decided),
         (*values, *report, *bounds, *(() if all_decided else report)),
     )
     _record_killed_processes(db, scope, batch)
@@ -365,21 +384,20 @@ def _add_quarantine(db: Database, scope: ApplyScope, key: int, reason: str, deta
     )
 
 
-def _count_decisions(db: Database, scope: ApplyScope, bounds: tuple[int, int, str, int]) -> Tally:
-    """Count the new decisions, while the runs still have their old status and session."""
+def _count_decisions(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
+    """Count the new decisions, while the runs still have their session."""
     rows = db.fetch_all(
-        "SELECT e.rule, count(*),"
-        f" sum(CASE WHEN r.session_value <> '' AND e.rule NOT IN ({_KEEPING}) THEN 1 ELSE 0 END),"
-        f" sum(CASE WHEN r.status = '{RunStatus.RUNNING}' OR (r.status ="
-        f" '{RunStatus.WAITING_USER}' AND r.profile = '{Profile.STICKY_PROCESS}')"
+        "SELECT e.rule, count(*), sum(CASE WHEN r.session_value <> '' THEN 1 ELSE 0 END),"
+        f" sum(CASE WHEN e.status_before = '{RunStatus.RUNNING}' OR (e.status_before ="
+        f" '{RunStatus.WAITING_USER}' AND e.profile = '{Profile.STICKY_PROCESS}')"
         " THEN 1 ELSE 0 END)"
-        " FROM run r JOIN recovery_event e ON e.run = r.id AND e.no = r.recovery_count + 1"
-        f" WHERE {IN_RANGE} AND e.reconciliation = ? GROUP BY e.rule",
-        (*bounds, scope.reconciliation_key),
+        # CROSS: SQLite then reads both tables in the order of their keys.
+        f" FROM recovery_event e CROSS JOIN run r WHERE r.id = e.run AND {_NEW} GROUP BY e.rule",
+        _new_params(scope, batch),
     )
     return Tally(
         decisions={rule: count for rule, count, _, _ in rows},
-        sessions=sum(int(sessions) for _, _, sessions, _ in rows),
+        sessions=sum(int(sessions) for rule, _, sessions, _ in rows if rule not in _KEEPING),
         slots=sum(int(slots) for _, _, _, slots in rows),
     )
 
@@ -405,34 +423,14 @@ def _record_killed_processes(db: Database, scope: ApplyScope, batch: Batch) -> N
 
 def _close_questions(db: Database, scope: ApplyScope, batch: Batch) -> int:
     """Close the questions of newly decided runs, unless the rule keeps the run's question."""
-    keys = (batch.first, batch.last)
     closed: int = db.execute(
         "UPDATE interaction SET state = 'CLOSED'"
         " WHERE run BETWEEN ? AND ? AND state IN ('OPEN', 'ANSWERED')"
         # A list, not EXISTS: SQLite would search the whole batch for each question.
-        " AND run IN (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ?"
-        f" AND e.run BETWEEN ? AND ? AND e.rule NOT IN ({_KEEPING}))",
-        (*keys, scope.reconciliation_key, *keys),
+        f" AND run IN (SELECT e.run FROM recovery_event e WHERE {_NEW} AND NOT {_KEEPS})",
+        (batch.first, batch.last, *_new_params(scope, batch)),
     ).rowcount
     return closed
-
-
-def _retire_sessions(db: Database, scope: ApplyScope, batch: Batch) -> None:
-    """Keep the handles of runs that failed because their session was lost, until `scope.reopen`."""
-    db.execute(
-        "UPDATE run SET retired_type = session_type, retired_value = session_value,"
-        " reopenable_until = ?, reopen_due_us = ?, due_clock = ? WHERE id IN"
-        " (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ? AND e.run BETWEEN ? AND ?"
-        f" AND e.rule IN ({_REOPENABLE}))",
-        (
-            to_us(scope.reopen.at),
-            scope.reopen.us,
-            scope.reopen.clock,
-            scope.reconciliation_key,
-            batch.first,
-            batch.last,
-        ),
-    )
 
 
 def _quarantine(db: Database, scope: ApplyScope, batch: Batch, detail: str) -> Tally:

@@ -7,7 +7,7 @@ the SQL matrix and `decide` agree for every combination of facts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from runrecovery_service.domain.found_end import FoundEnd
@@ -37,6 +37,15 @@ WITH_LATEST_QUESTION: Final = (
 )
 IN_RANGE: Final = f"r.id BETWEEN ? AND ? AND {live('r.')} AND r.owner = ? AND r.owner_epoch < ?"
 """The condition for the runs of a batch. Parameters: first and last key, instance, epoch."""
+
+
+def is_one_of(column: str, words: frozenset[str] | tuple[str, ...]) -> str:
+    """Return an SQL condition: the column is one of these words.
+
+    For statements that evaluate it for each of many rows: SQLite evaluates IN with three or more
+    words by a search in a temporary index.
+    """
+    return "(" + " OR ".join(f"{column} = '{word}'" for word in sorted(words)) + ")"
 
 
 def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
@@ -110,15 +119,15 @@ def damage_sql(dialect: SqlDialect) -> str:
 
 
 def condition_sql(rule: Rule) -> str:
-    """Return `Rule.matches` as an SQL condition on the columns status, profile and facts."""
-    terms = [f"status IN ({sql_words(tuple(s.value for s in rule.statuses))})"]
+    """Return `Rule.matches` for a run of a fitting status, as SQL on the columns profile, facts."""
+    terms = []
     if rule.profiles:
         terms.append(_profile_sql(rule.profiles))
     if rule.needs:
         terms.append(f"(facts & {rule.needs.value}) = {rule.needs.value}")
     if rule.lacks:
         terms.append(f"(facts & {rule.lacks.value}) = 0")
-    return " AND ".join(terms)
+    return " AND ".join(terms) or "1 = 1"
 
 
 def _profile_sql(profiles: tuple[Profile | None, ...]) -> str:
@@ -132,23 +141,31 @@ def _profile_sql(profiles: tuple[Profile | None, ...]) -> str:
 def rule_sql() -> str:
     """Return the matrix as an SQL CASE for the number of the first rule that matches.
 
-    A damaged run gets the number 0.
+    A damaged run gets the number 0. A run is compared only with the rules of its status.
     """
-    rules = " ".join(
-        f"WHEN {condition_sql(rule)} THEN {number}" for number, rule in enumerate(MATRIX, 1)
+    of_status = "".join(
+        f" WHEN '{status}' THEN CASE{_first_match(status)} END"
+        for status in sorted({status for rule in MATRIX for status in rule.statuses})
     )
-    return f"CASE WHEN damage IS NOT NULL THEN 0 {rules} END"
+    return f"CASE WHEN damage IS NOT NULL THEN 0 ELSE CASE status{of_status} END END"
 
 
-def _matrix_values() -> str:
-    rows = [f"(0, '{QUARANTINE_RULE}', NULL, NULL, '{RecoveryState.QUARANTINED}', 1)"]
-    for number, rule in enumerate(MATRIX, 1):
-        error = f"'{rule.error}'" if rule.error else "NULL"
-        rows.append(
-            f"({number}, '{rule.name}', '{rule.becomes}', {error}, '{rule.state}',"
-            f" {int(rule.keeps)})"
-        )
-    return ", ".join(rows)
+def _first_match(status: RunStatus) -> str:
+    return "".join(
+        f" WHEN {condition_sql(rule)} THEN {number}"
+        for number, rule in enumerate(MATRIX, 1)
+        if status in rule.statuses
+    )
+
+
+def _of_rule(value: Callable[[Rule], str | None], *, damaged: str) -> str:
+    """Return an SQL CASE for a value of the rule `j.number`; `damaged` is that of damaged runs."""
+    values = "".join(
+        f" WHEN {number} THEN '{text}'"
+        for number, rule in enumerate(MATRIX, 1)
+        if (text := value(rule)) is not None
+    )
+    return f"CASE j.number WHEN 0 THEN {damaged}{values} END"
 
 
 def decisions_sql(
@@ -165,10 +182,13 @@ def decisions_sql(
     since), sequence. The other columns explain the decision: profile, attempt, interaction,
     session_turn, session_verdict, session_reason, resumes.
     """
+    rule = _of_rule(lambda rule: rule.name, damaged=f"'{QUARANTINE_RULE}'")
+    becomes = _of_rule(lambda rule: rule.becomes, damaged="j.status")
+    error = _of_rule(lambda rule: rule.error, damaged="NULL")
+    state = _of_rule(lambda rule: rule.state, damaged=f"'{RecoveryState.QUARANTINED}'")
     return (
-        "WITH matrix (number, name, becomes, error_code, recovery_state, keeps) AS"
-        f" (VALUES {_matrix_values()}),"
-        " seen AS MATERIALIZED (SELECT r.id, r.status, r.profile, r.recovery_reason,"
+        # MATERIALIZED: otherwise SQLite evaluates an expression again wherever its column is used.
+        "WITH seen AS MATERIALIZED (SELECT r.id, r.status, r.profile, r.recovery_reason,"
         " r.recovered_version, r.version, r.recovery_count, r.event_count, r.attempt,"
         " r.interaction_count, r.session_turn, r.session_verdict, r.session_reason,"
         " r.resume_count,"
@@ -177,11 +197,10 @@ def decisions_sql(
         f" {damage_sql(dialect)} AS damage"
         f" {WITH_LATEST_QUESTION} WHERE {IN_RANGE}),"
         f" judged AS MATERIALIZED (SELECT seen.*, {rule_sql()} AS number FROM seen)"
-        " SELECT j.id, j.recovery_count + 1 AS recovery_no, j.status, m.name AS rule, j.facts,"
-        " COALESCE(m.becomes, j.status) AS becomes, m.error_code, m.recovery_state, j.damage,"
-        " CASE WHEN j.recovery_reason = m.name AND j.recovered_version = j.version"
+        f" SELECT j.id, j.recovery_count + 1 AS recovery_no, j.status, {rule} AS rule, j.facts,"
+        f" {becomes} AS becomes, {error} AS error_code, {state} AS recovery_state, j.damage,"
+        f" CASE WHEN j.recovery_reason = {rule} AND j.recovered_version = j.version"
         " THEN 1 ELSE 0 END AS stands, j.event_count + 1 AS sequence, j.profile, j.attempt,"
         " j.interaction_count AS interaction, j.session_turn, j.session_verdict, j.session_reason,"
-        " j.resume_count AS resumes"
-        " FROM judged j JOIN matrix m ON m.number = j.number"
+        " j.resume_count AS resumes FROM judged j"
     )
