@@ -23,6 +23,9 @@ MUTANT_TRIALS ?= 5
 REPLICA_MUTANTS ?= exists drain renewal
 RACE_MUTANTS ?= scan
 RACE_RUNS ?= 10000
+CALLS ?= 300
+FAULT_MUTANTS ?= skipped-records acknowledged-failures open-transactions skipped-decisions one-recovery fatal-renewal internal no-receipts \
+	dead-connections forgotten-takes
 CUTS ?= 1000
 PART ?= 1/1
 CASES ?= 50000
@@ -31,7 +34,7 @@ ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
-	campaign-power-cuts campaign-processes campaign-replicas explore fuzz mutants interpreters test-agents
+	campaign-faults campaign-power-cuts campaign-processes campaign-replicas explore fuzz mutants interpreters test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -160,6 +163,12 @@ campaign-replicas: $(READY) ## Break 3 replicas, their network and PostgreSQL un
 	@for mutant in $(REPLICA_MUTANTS); do \
 		$(BIN)/python tests/campaign/replicas.py --seconds 120 --mutate $$mutant; done
 	@for mutant in $(RACE_MUTANTS); do $(BIN)/python tests/campaign/race.py --mutate $$mutant; done
+
+campaign-faults: $(READY) ## Fail CALLS=300 database calls on SQLite and on PostgreSQL, from a SEED; detect mutants
+	@printf '%s\n' sqlite postgresql | xargs -P 2 -I DATABASE $(BIN)/python tests/faults/database_faults.py \
+		--database DATABASE --calls $(CALLS) $(if $(SEED),--seed $(SEED))
+	@for mutant in $(FAULT_MUTANTS); do \
+		$(BIN)/python tests/faults/database_faults.py --calls 400 --mutate $$mutant; done
 
 campaign-power-cuts: $(READY) ## Cut the power of a recorded service CUTS=1000 times; detect mutants of it
 	@$(BIN)/python tests/power_cut/power_cuts.py --cuts $(CUTS) --starts 20

@@ -56,7 +56,8 @@ def raising(code: str) -> str:
         ([raising("53100")], StorageFull,
          "the database cannot be written to: its disk is full; make room"),
         ([raising("53300")], StorageUnavailable,
-         "the database has no connection left; raise its max_connections, or end other clients"),
+         ("the database has no connection left; raise its limit (max_connections, or that of the"
+         " role, database or pooler), or end other clients")),
         ([raising("XX001")], StorageUnavailable,
          "the database is damaged; restore a backup"),
         ([raising("XX002")], StorageUnavailable,
@@ -134,6 +135,7 @@ async def test_each_error_code_of_sqlite_has_its_domain_error(
         (sqlite3.SQLITE_READONLY_DIRECTORY,
          "cannot be written to: its files or directory are read-only", DatabaseRefused),
         (sqlite3.SQLITE_CORRUPT_INDEX, "is damaged", DatabaseRefused),
+        (sqlite3.SQLITE_INTERRUPT, "is busy: it interrupts statements", DatabaseOutOfReach),
         (sqlite3.SQLITE_NOTADB, "is damaged", DatabaseRefused),
         (sqlite3.SQLITE_BUSY_SNAPSHOT, "is busy: another connection holds its lock",
          DatabaseOutOfReach),

@@ -39,7 +39,7 @@ from support.processes import (
     processes_below,
     send_signal_if_alive,
 )
-from support.service_forker import ForkedService, can_be_forked, fork_service
+from support.service_forker import PREPARE, ForkedService, can_be_forked, fork_service
 from support.waiting import patience_s, until
 
 Json: TypeAlias = dict[str, Any]
@@ -186,6 +186,7 @@ class Home:
         env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
         may_fork: bool = True,
+        prepare: Path | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         token: str = "",
         **settings: object,
@@ -196,11 +197,14 @@ class Home:
             prefix: words before the command of each service, of a program that becomes it.
             may_fork: whether services may start without their imports (`service_forker.py`), and
                 the first one with a store (`migrated_store.py`).
+            prepare: a program that changes each service before it runs: its `prepare` is called in
+                a forked service; else it stands before `-m runrecovery_service …`.
             credentials, token: of the tests' channels to its services.
         """
         self.credentials, self.token = credentials, token
         self.prefix = tuple(prefix)
         self.may_fork = may_fork
+        self.prepare = prepare
         self.path = path.resolve()
         self.data = self.path / "data"
         self.env = dict(env or {})
@@ -248,12 +252,14 @@ class Home:
         self, words: Sequence[str], streams: tuple[int, int, int]
     ) -> subprocess.Popen[bytes] | ForkedService:
         env = {**os.environ, **self.env}
+        program = [] if self.prepare is None else [str(self.prepare)]
         if self.may_fork and not self.prefix and can_be_forked(self.env):
             self._lay_out_store(words)
+            env[PREPARE] = str(self.prepare or "")
             return fork_service(words, cwd=self.path, env=env, streams=streams)
         stdin, stdout, stderr = streams
         return subprocess.Popen(
-            [*self.prefix, sys.executable, "-m", "runrecovery_service", *words],
+            [*self.prefix, sys.executable, *program, "-m", "runrecovery_service", *words],
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -30,6 +31,8 @@ from typing import Any, Final
 
 COMMAND_S: Final = 60.0
 """The most that a command may take."""
+PREPARE: Final = "TESTS_PREPARE_SERVICE"
+"""Environment variable: a program whose `prepare` is called in the child, before `main`."""
 _MAX_REQUEST: Final = 1 << 20
 _CANNOT_BE_SET_LATER: Final = ("GRPC_", "PYTHON", "LD_", "MALLOC_", "GLIBC_")
 """Environment variables that the interpreter and libraries read once, before `main` runs."""
@@ -267,6 +270,8 @@ def main() -> None:
     request = _run_forker(socket.socket(fileno=os.dup(0)))
     from runrecovery_service import __main__ as command
 
+    if program := os.environ.pop(PREPARE, ""):
+        runpy.run_path(program)["prepare"]()
     sys.argv = [str(command.__file__), *request["arguments"]]
     command.main()
 

@@ -80,6 +80,7 @@ _SQLITE: Final[dict[int, Fault]] = {
     sqlite3.SQLITE_BUSY: _LOCKED,
     sqlite3.SQLITE_LOCKED: _LOCKED,
     sqlite3.SQLITE_PROTOCOL: _LOCKED,
+    sqlite3.SQLITE_INTERRUPT: Fault(meaning=StorageBusy, what="is busy: it interrupts statements"),
     sqlite3.SQLITE_FULL: _FULL,
     sqlite3.SQLITE_NOMEM: Fault(
         meaning=StorageUnavailable, what="cannot be used: the system has no memory left"
@@ -120,6 +121,12 @@ _READ_ONLY: Final = Fault(
     what="is read-only",
     remedy="it is a standby, or default_transaction_read_only is set",
 )
+_NO_CONNECTION: Final = Fault(
+    meaning=StorageUnavailable,
+    what="has no connection left",
+    remedy="raise its limit (max_connections, or that of the role, database or pooler), or end"
+    " other clients",
+)
 _SQLSTATES: Final[dict[str, Fault]] = {
     "40001": Fault(meaning=StorageBusy, what="is busy: transactions are in each other's way"),
     "40P01": Fault(meaning=StorageBusy, what="is busy: transactions are in each other's way"),
@@ -127,11 +134,7 @@ _SQLSTATES: Final[dict[str, Fault]] = {
     "57014": Fault(meaning=StorageBusy, what="is busy: a statement took too long"),
     "53100": _FULL,
     "53200": Fault(meaning=StorageUnavailable, what="has no memory left"),
-    "53300": Fault(
-        meaning=StorageUnavailable,
-        what="has no connection left",
-        remedy="raise its max_connections, or end other clients",
-    ),
+    "53300": _NO_CONNECTION,
     "53": Fault(meaning=StorageUnavailable, what="has too few resources"),
     "25006": _READ_ONLY,
     "08": Fault(meaning=StorageUnavailable, what="does not answer"),
@@ -236,4 +239,6 @@ def _fault_of_one(error: BaseException) -> Fault | None:
     }
     if lost and postgresql.refused_as_read_only(error):
         return _READ_ONLY
+    if lost and postgresql.refused_as_full(error):
+        return _NO_CONNECTION
     return UNREACHABLE if lost else None

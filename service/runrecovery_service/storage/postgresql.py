@@ -52,6 +52,12 @@ _REQUIRED_SETTINGS: Final = {
     **CONNECTION_SETTINGS,  # checked, because a pooler may drop them
 }
 _CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
+_FULL: Final = (
+    "too many clients already",
+    "connection slots are reserved",
+    "too many connections for",  # the limit of a role or a database
+    "no more connections allowed",  # PgBouncer
+)
 WORDS_MOST: Final = 500
 STANDBY: Final = "the pooler leads to a standby"
 
@@ -222,6 +228,15 @@ def refused_as_read_only(error: BaseException) -> bool:
     server.
     """
     return "session is read-only" in str(error)
+
+
+def refused_as_full(error: BaseException) -> bool:
+    """Return whether a server or a pooler refused a connection because it has too many.
+
+    The driver passes on no SQLSTATE of a refused connection. A server with messages in another
+    language is not recognized.
+    """
+    return any(words in str(error) for words in _FULL)
 
 
 def is_conflict(error: BaseException) -> bool:
