@@ -195,6 +195,7 @@ bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/rpc.py --seconds 3 --rounds 3
 	@$(BIN)/python bench/start.py --rounds 5
 	@$(BIN)/python bench/processes.py --rounds 3 --trees 50 --launches 2000
+	@$(BIN)/python bench/launches.py --rounds 1 --launches 20 --seconds 3
 	@$(BIN)/python bench/watch.py --rounds 3 --seconds 1
 	@$(BIN)/python bench/sessions.py --files 500 --rounds 3
 	@$(BIN)/python bench/replicas.py --rounds 1 --seconds 1

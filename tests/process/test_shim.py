@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import runrecovery_service
 from process.trees import PATIENCE_S, Grow, Start, Tree, alive, in_ns, send_signal, until
 from runrecovery_service.process import procfs, signals, wire
 from runrecovery_service.process.boot_clock import boot_time_ns
@@ -21,12 +22,29 @@ from runrecovery_service.process.shim_journal import killed_by_shim
 
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may do this")
 
+# Each takes a launch milliseconds of processor time, as do the modules that they import.
+HEAVY = {"collections", "ctypes", "enum", "functools", "re", "signal", "subprocess", "typing"}
+
 ESCAPEES = ("child", "session", "daemon", "scrubbed", "scrubbed-daemon", "undumpable", "escapee")
 
 
 def leave_a_mark(tmp_path: Path) -> tuple[list[str], Path]:
     mark = tmp_path / "ran"
     return ["/bin/sh", "-c", f"echo > {mark}"], mark
+
+
+def test_a_shim_imports_no_heavy_module_of_the_standard_library() -> None:
+    folder = str(Path(runrecovery_service.__file__).parents[1])
+    program = "from runrecovery_service.process import shim_main; print(*sys.modules)"
+    code = f"import sys; sys.path.append({folder!r}); {program}"
+
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], check=True, capture_output=True, text=True
+    )
+
+    modules = set(done.stdout.split())
+    assert "runrecovery_service.process.shim" in modules
+    assert modules & HEAVY == set()
 
 
 def test_a_gate_that_closes_before_the_release_means_that_the_agent_never_runs(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -191,7 +190,7 @@ def test_reports_a_process_that_may_not_be_signalled(
     def forbid(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(signal, "pidfd_send_signal", forbid)
+    monkeypatch.setattr("_signal.pidfd_send_signal", forbid)
     began = time.monotonic()
     ending = end(tree.lease, grace_s=0.1, deadline_s=90)
     monkeypatch.undo()
@@ -206,7 +205,7 @@ def test_reports_a_process_that_survives_the_deadline(
     grow: Grow, signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow()
-    monkeypatch.setattr(signal, "pidfd_send_signal", lambda *_: None)
+    monkeypatch.setattr("_signal.pidfd_send_signal", lambda *_: None)
     times = {"SIGTERM": 0.2, "SIGKILL": 0.5}
 
     def clock() -> float:
@@ -293,7 +292,7 @@ def test_leaves_no_descriptor_open_of_survivors(
     grow: Grow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow()
-    monkeypatch.setattr(signal, "pidfd_send_signal", lambda *_: None)
+    monkeypatch.setattr("_signal.pidfd_send_signal", lambda *_: None)
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
     end(tree.lease, grace_s=0, deadline_s=0.1)

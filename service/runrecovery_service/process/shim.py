@@ -19,10 +19,15 @@ from __future__ import annotations
 import os
 import resource
 import select
-import signal
 import time
 
 from runrecovery_service.process import output_rest, prctl, procfs, signals, wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+else:
+    import _signal as signal  # see signals.py
 
 TICK_S = 1.0
 """How often the deadline is checked: a poll does not notice that the machine slept, but boot time

@@ -5,13 +5,21 @@ The shim imports this module too, so it imports only light modules of the standa
 
 from __future__ import annotations
 
-import signal
-
 # Only type checkers need these names: importing `typing` would double the shim's memory.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
+else:
+    import _signal as signal  # without the enums of `signal`, which take half a Python start
 
+NAMES: dict[int, str] = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGCONT: "SIGCONT",
+    signal.SIGSTOP: "SIGSTOP",
+    signal.SIGKILL: "SIGKILL",
+}
+"""Every signal that is sent."""
 SENT = "sent"
 GONE = "gone"
 """The process had ended before the signal was sent."""
@@ -35,7 +43,7 @@ def send(
         pid: for the audit only. The signal is sent through `pidfd`.
         pidfd: opened before this call. So `prove` reads about the process that gets the signal.
             If that process has ended and another one has its pid, no process gets the signal.
-        number: the signal.
+        number: the signal, one of NAMES.
         prove: returns the name of the proof that /proc shows now, or None if there is none.
         audit: called with pid, name of the signal, proof and outcome, whatever the outcome is.
 
@@ -44,7 +52,7 @@ def send(
     """
     proof = prove()
     outcome = UNPROVED if proof is None else _send(pidfd, number)
-    audit(pid, signal.Signals(number).name, proof, outcome)
+    audit(pid, NAMES[number], proof, outcome)
     return outcome
 
 
