@@ -29,7 +29,7 @@ class Sweep:
     """A sweeper, with the conditions under which it runs.
 
     Attributes:
-        name: how the log calls the step of a service stop that stops this sweeper.
+        name: the name of the sweeper in the log, if its stop fails.
         in_safe_mode: whether it also runs in safe mode.
         stop_grace_s: seconds that its stop may take on top of `lifecycle.STEP_S`.
     """

@@ -1,8 +1,8 @@
-"""Notes the latest renewal of the lease on disk, so that the next start notices its loss.
+"""Notes the latest renewal of the lease on disk, so that the next start notices if it was lost.
 
-A service that was down during a failover has no other record of a commit that PostgreSQL has
-acknowledged. Peers do not write the compared columns, so their writes after the failover do not
-hide the loss.
+If PostgreSQL loses acknowledged commits in a failover while the service is down, the service has no
+other record of them. The note is compared with columns that only the instance itself writes. So
+writes of other instances after the failover do not hide the loss.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class SystemdNotifier:
             self._send([f"RELOADING=1\nMONOTONIC_USEC={now_us}"])
 
     def end_reload(self, *, refused: bool) -> None:
-        """Report that the reload has ended. The status text says so if it was refused."""
+        """Report that the reload has ended. If it was refused, the status text says so."""
         self._reload_refused = refused
         if self._ready and not self.gate.draining:
             self._send([*self.message(), "READY=1"])

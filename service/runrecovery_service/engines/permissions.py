@@ -144,10 +144,10 @@ class DeferredCalls:
 
 
 def returns_to_call(reply: Interaction | None) -> bool:
-    """Return whether the process that gets a reply returns to the call that waits for it.
+    """Return whether Claude Code, resumed with the answer, returns to the deferred call by itself.
 
-    Claude Code (2.1.197) shows the model no result of a call that others followed in its message.
-    The model is told to repeat such a call instead.
+    If other calls followed the call in its message, Claude Code (2.1.197) does not show the model
+    the result of the call. The prompt then asks the model to repeat the call instead.
     """
     return reply is not None and reply.tool_call is not None and reply.tool_call.is_last
 
@@ -168,7 +168,7 @@ def _mark_name(reply: Interaction) -> str:
 
 
 def _grant(resumed: Resumed | None) -> JsonObject | None:
-    """Return the answer that the hook gives, and to which call; None if there is none."""
+    """Return the answer that the hook shall give, with the call that it is for; None: no answer."""
     reply, interruption = (resumed.reply, resumed.interruption) if resumed else (None, None)
     if reply is not None and reply.tool_call is not None and reply.tool_call.is_last:
         call = reply.tool_call

@@ -105,7 +105,7 @@ class RecordWatch:
             self._failures.note_success()
 
     async def _changed_by_peers(self) -> set[int]:
-        """Return the runs with a turn that may have had events since the last poll."""
+        """Return the runs with a turn here that peers may have changed since the last poll."""
         keys = {supervisor.turn.run.key for supervisor in self.turns.supervisors}
         if not keys:
             return keys

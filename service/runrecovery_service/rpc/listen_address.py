@@ -1,7 +1,7 @@
 """Listen addresses: bind all of an address, check who has it, and release it.
 
-gRPC itself is not enough: it binds only one address of `localhost` if the other is taken. And it
-removes any socket that it finds at a path, when it binds and again when it ends.
+gRPC alone does not do this safely. If one address of `localhost` is taken, gRPC binds only the
+other. And gRPC removes any socket that it finds at a path, both when it binds and when it ends.
 """
 
 from __future__ import annotations

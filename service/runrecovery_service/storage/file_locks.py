@@ -113,8 +113,8 @@ class DatabaseLock(Lock):
     def _holder(self) -> str:
         """Return a text with the holder's pid from the kernel's table of locks.
 
-        The content of a database file cannot name the holder. The lock files did not reveal it
-        either: it uses another path to the database, or its lock files were removed.
+        The content of a database file cannot name the holder. The lock files do not name it
+        either: the holder uses another path to the database, or its lock files were removed.
         """
         holder = "an unknown process"
         found = os.fstat(self._descriptor)

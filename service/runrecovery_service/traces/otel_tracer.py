@@ -119,7 +119,7 @@ class OtelTracer:
 
 
 def _to_context(parent: str | None) -> Context:
-    """Parse a `traceparent` of version 00; an empty context without one."""
+    """Return the context that a `traceparent` of version 00 names; an empty one for None."""
     try:
         _, trace_id, span_id, flags = (parent or "").split("-")
         context = SpanContext(

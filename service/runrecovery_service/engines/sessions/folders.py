@@ -81,7 +81,7 @@ class Cache(Generic[V]):
     _known: dict[Hashable, V | OSError] = field(default_factory=dict)
 
     def get(self, key: Hashable, compute: Callable[[], V]) -> V:
-        """Return the value of a key; compute it if it is the first call.
+        """Return the value of a key; compute it at the first call.
 
         Raises:
             OSError: `compute` raised it.
