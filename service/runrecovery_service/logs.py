@@ -272,7 +272,7 @@ def _shorten_exception(_logger: object, _method: str, event: Event) -> Event:
 
 
 def _shorten(error: BaseException | None) -> None:
-    """Remove quoted rows, which end the message, from an exception and from all of its causes."""
+    """Cut the rows that a driver quotes off the messages of an exception and of all its causes."""
     seen: set[int] = set()
     waiting: list[object] = [error]
     while waiting:

@@ -30,8 +30,8 @@ LAST_CHECK: Final = timedelta(seconds=60)
 AWAY_CHECK: Final = timedelta(seconds=10)
 """Time between two checks for a missing file or place."""
 RECORD_CHECK: Final = timedelta(seconds=60)
-"""Time between two tries to remove an entry that its own record prevents from being removed, for
-example because the record is damaged."""
+"""Time between two tries to remove an entry whose record is damaged, or whose removal has failed.
+"""
 FILE_GONE: Final = timedelta(seconds=60)
 """How long a file must be missing before it counts as gone, and not as being replaced."""
 PLACE_GONE: Final = timedelta(days=7)

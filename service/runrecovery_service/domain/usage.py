@@ -177,11 +177,13 @@ class SessionUsage:
         return replace(self, calls=calls if self.calls is None else self.calls.plus(calls))
 
     def since(self, total: Usage, *, at_least: Usage | None = None) -> Usage:
-        """Return the usage of the next process alone, which has reported `total`.
+        """Return the usage of the next process alone. The process has reported `total`.
 
-        This is the difference to the latest total, without `calls`, but at least `at_least`. If a
-        number of the difference is negative or below `at_least`, then `total` is of the process
-        alone, and is returned as it is.
+        If `total` is the total of the session, the result is its increase since the latest total.
+        `calls` are subtracted, because they were counted before. The result is at least `at_least`.
+
+        If the increase is negative or below `at_least`, `total` cannot be that of the session. It
+        is then the total of the process alone, and is returned as it is.
 
         Args:
             at_least: the usage that the process certainly had; None: not known.
@@ -315,7 +317,8 @@ class Budget:
         return None
 
     def why_used_up_by(self, used: TurnUsage | None, *, before: Usage | None) -> str | None:
-        """Return what `why_used_up` returns, in the middle of a turn.
+        """Return a sentence that names the limit reached in the middle of a turn; None: no limit
+        is.
 
         Args:
             used: the usage of the turn so far; None: none was reported.

@@ -105,7 +105,7 @@ class CallReported:
 
 @dataclass(frozen=True, slots=True)
 class TurnFinished:
-    """The turn ended with this text, or else with the latest one. Another turn may follow."""
+    """The turn ended. `text` is its final text; None: the latest text. Another turn may follow."""
 
     text: str | None = None
 

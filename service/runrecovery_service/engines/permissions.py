@@ -102,9 +102,9 @@ class DeferredCalls:
 
     Attributes:
         workspace, deferred: as in `RunContext`.
-        has_prompt: the process gets a prompt. A resumed process first returns to a call that is
-            still deferred, and the hook defers this call again. Only then does the process read its
-            prompt. It has no meaning for the kept output of a process that has ended.
+        has_prompt: whether the process gets a prompt. A resumed process first returns to a call
+            that is still deferred, which the hook defers again. Only then does the process read its
+            prompt. For the kept output of an ended process, this makes no difference.
     """
 
     permissions: Permissions

@@ -170,7 +170,7 @@ class MethodWrapper:
     async def _fail(
         self, context: Context, method: Method, caller: Caller, error: Exception
     ) -> NoReturn:
-        """End a call that takes no slot any more. Its refusal waits if the caller has many."""
+        """End a call that takes no slot any more. Many refusals of one caller are delayed."""
         if self._guard is not None and isinstance(error, Denied | Overloaded):
             if isinstance(error, Denied):
                 self._guard.record_refusal(context, method.name, error)

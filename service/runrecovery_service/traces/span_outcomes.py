@@ -79,10 +79,10 @@ class SpanOutcomes:
         self.meters.spans.add(QUEUE_FULL)
 
     def note_taken(self, count: int) -> None:
-        """Count spans that have left the queue.
+        """Count spans that the sending thread has taken from the queue.
 
-        The queue has shrunk a moment before this call. If it was full, a span that another thread
-        ends in between counts as lost, although the queue keeps the span.
+        The queue shrinks a moment before this call. A span that another thread ends in between may
+        be counted as lost, although the queue keeps it.
         """
         with self._lock:
             self._waiting -= count

@@ -1,6 +1,7 @@
 """Checks session files, in batches.
 
-Agents can write where the files are, so a file may have been replaced by anything.
+Agents can write in the folders of these files. So any file may have been replaced, for example by a
+pipe or a link.
 """
 
 from __future__ import annotations
