@@ -434,7 +434,7 @@ def _readers(kind: type) -> Mapping[str, Reader[object]]:
 
 
 def _problems_at(key: str, error: ValueError | ExceptionGroup[Any]) -> list[InvalidValue]:
-    """Return the problems of a key's value, with the key in front of each place."""
+    """Return the problems of a key's value. The place of each problem begins with the key."""
     problems = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
     return [
         InvalidValue(str(problem), below=_below(key, getattr(problem, "below", "")))

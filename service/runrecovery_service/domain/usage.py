@@ -298,7 +298,7 @@ class Budget:
         return None if self.max_cost_nanos is None else self.max_cost_nanos / NANOS
 
     def narrowed(self, wanted: Budget) -> Budget:
-        """Return this budget, in which each limit that `wanted` has replaces its own."""
+        """Return the limits of `wanted`, completed by the limits of this budget."""
         tokens, cost = wanted.max_tokens, wanted.max_cost_nanos
         return Budget(
             max_tokens=self.max_tokens if tokens is None else tokens,

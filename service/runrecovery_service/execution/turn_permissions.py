@@ -22,7 +22,7 @@ USED_BEFORE: Final = "The permission was already used by a process that was lost
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnPermissions:
-    """The permission answer of one turn, if the turn's reply is such an answer."""
+    """The answer to a permission question that a turn gets. Most turns get none."""
 
     records: TurnRecords
     workspaces: Workspaces
