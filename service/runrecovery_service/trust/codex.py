@@ -433,7 +433,7 @@ def _proved(
 
 
 def _without(table: Table, folders: Iterable[str]) -> Table:
-    """Return the document without the folders' levels and the tables that become empty."""
+    """Return the document without the trust levels of these folders, and without emptied tables."""
     projects = dict(table.get(_PROJECTS, {}))
     for folder in folders:
         entry = {key: each for key, each in projects.get(folder, {}).items() if key != _LEVEL}
