@@ -1,5 +1,8 @@
-"""Prints its result and exits, but leaves two processes (60 s at most): one has cleared its
-environment but not left the process session, the other has left it but kept the environment."""
+"""Prints its result and exits, but leaves two processes, for 60 s at most.
+
+One has cleared its environment, and stays in the process session. The other has left the session,
+and keeps its environment.
+"""
 
 from __future__ import annotations
 

@@ -204,8 +204,10 @@ class Trial:
             self._find(Fault.SURVIVOR, f"pid {pid}: a shim")
 
     def _older_than_the_service(self) -> dict[int, str]:
-        """Return the processes of this home that are older than its service: agents that had not
-        begun to grow, or processes of an earlier trial."""
+        """Return the processes of this home that are older than its service.
+
+        They are agents that had not begun to grow, or processes of an earlier trial.
+        """
         assert self.trial_home.service is not None
         service = scan.read_process(self.trial_home.service.pid)
         assert service is not None

@@ -1,5 +1,4 @@
-"""The parts of a watch without I/O: when it reconnects or gives up, and which messages it
-returns."""
+"""The pure parts of a watch: when it reconnects or gives up, and which messages it returns."""
 
 from __future__ import annotations
 

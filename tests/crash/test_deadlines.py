@@ -1,5 +1,7 @@
-"""No deadline is early or forgotten over kills, stops and steps of the wall clock; the budget of
-attempts counts over restarts."""
+"""No deadline is early or forgotten over kills, stops and steps of the wall clock.
+
+The budget of attempts counts over restarts.
+"""
 
 from __future__ import annotations
 
@@ -277,8 +279,10 @@ WALL: Final = {
 
 
 def step_the_wall_clock(home: Home, seconds: int) -> None:
-    """Let everything on record be so much older than the wall clock now says (or, negative, come
-    from its future): as if somebody had set it while the service was down."""
+    """Make every recorded time older by `seconds`, as if the wall clock had been set ahead.
+
+    With negative seconds the recorded times are in the future, as if it had been set back.
+    """
     with home.store(writable=True) as store:
         for table, columns in WALL.items():
             settings = ", ".join(f"{name} = {name} - {seconds * 10**6}" for name in columns)

@@ -127,8 +127,11 @@ def test_a_call_to_the_superseded_service_changes_nothing(
 
 @pytest.fixture
 def elsewhere() -> Callable[[Home], ServiceProcess]:
-    """Starts a service in another mount namespace: the same paths and names lead to other files, as
-    on a second host that was made from the same image."""
+    """Starts a service in another mount namespace.
+
+    There the same paths and names lead to other files, as on a second host that was made from the
+    same image.
+    """
     as_root = () if os.geteuid() == 0 else ("--map-root-user",)
     words = ("unshare", "--mount", *as_root)
     if subprocess.run([*words, "true"], check=False, capture_output=True).returncode:

@@ -1,5 +1,7 @@
-"""Agent CLIs trust the workspace of a run exactly while the run lives, over kills and stops, and
-their files are otherwise unchanged."""
+"""Agent CLIs trust the workspace of a run exactly while the run lives, over kills and stops.
+
+Their files are otherwise unchanged.
+"""
 
 from __future__ import annotations
 

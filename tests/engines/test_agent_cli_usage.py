@@ -1,5 +1,4 @@
-"""The usage that the agent CLIs report, in the service's units, and the part of a resumed
-process."""
+"""The usage that agent CLIs report, in the service's units, also of a resumed process."""
 
 from __future__ import annotations
 

@@ -76,9 +76,12 @@ class EffectChecker:
         self._differences()
 
     def _let_it_arrive(self) -> None:
-        """Return when calls before this one have had their effect: those of one connection begin in
-        order, what they write is written in order, and an OK comes after the commit. (A refusal
-        would not do: it may come before the commit of what was written before it.)"""
+        """Return once the calls before this one have had their effect.
+
+        The calls of one connection begin in order, their writes are done in order, and an OK comes
+        after the commit. A refusal would prove nothing: it may come before the commit of earlier
+        writes.
+        """
         payload = wire.sized(1, self._target.lexicon.fill(run_id("canceled").encode()))
         again = Case(method="/runrecovery.v1.RunService/CancelRun", payload=payload)
         outcome = self._target.caller.call(again, payload)

@@ -42,7 +42,7 @@ FAIL_ONCE: Final = (
 
 
 def fail_once(pair: Pair, code: str) -> None:
-    """Raise this SQLSTATE once. (The number of a sequence is not rolled back.)"""
+    """Raise this SQLSTATE once. This uses a sequence, whose number is not rolled back."""
     for statement in FAIL_ONCE:
         pair.dead.db.execute(statement.replace("{code}", code))
 

@@ -1,5 +1,4 @@
-"""Streams are counted with the code that their caller got, even if gRPC does not know it at the
-end."""
+"""Streams are counted with the code that their caller got, even if gRPC does not report it."""
 
 from __future__ import annotations
 

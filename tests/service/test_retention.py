@@ -1,5 +1,4 @@
-"""A service with retention removes old runs for good; calls about them get the documented
-answers."""
+"""A service with retention removes old runs; calls about them get the documented answers."""
 
 from __future__ import annotations
 

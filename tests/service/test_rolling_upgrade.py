@@ -1,5 +1,4 @@
-"""Two versions on one PostgreSQL database, which the newer one migrates while the older one
-runs."""
+"""Two versions on one PostgreSQL database: the newer one migrates it while the older one runs."""
 
 from __future__ import annotations
 

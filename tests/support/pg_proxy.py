@@ -77,8 +77,10 @@ class Proxy:
         self._thread.start()
 
     def lose_answer_after(self, mark: str) -> None:
-        """Once, end a connection instead of forwarding the answer to the COMMIT of a transaction
-        in which `mark` was sent. The server has committed it."""
+        """Once, end a connection instead of forwarding the answer to a COMMIT.
+
+        The transaction is one in which `mark` was sent. The server has committed it.
+        """
         self._arm(mark, _Fate.LOSE_ANSWER)
 
     def lose_commit_after(self, mark: str) -> None:

@@ -317,8 +317,7 @@ class Budget:
         return None
 
     def why_used_up_by(self, used: TurnUsage | None, *, before: Usage | None) -> str | None:
-        """Return a sentence that names the limit reached in the middle of a turn; None: no limit
-        is.
+        """Return a sentence that names the limit that a turn under way has reached; None: none.
 
         Args:
             used: the usage of the turn so far; None: none was reported.

@@ -237,7 +237,7 @@ class AgentIO:
                 self.events.put_nowait(message)
 
     async def _keep_stdout(self, data: bytes) -> None:
-        """Append data to the output file. It ends where the unfinished line in the backlog begins."""
+        """Append data to the output file. The data ends where the unfinished line begins."""
         upto = self._backlog.taken_to - sum(map(len, self._line_start))
         await self._keep(OutputChannel.STDOUT, partial(self._append_stdout, data, upto))
 

@@ -41,9 +41,7 @@ def require_valid(violations: Iterable[FieldViolation]) -> None:
 
 
 def require_run_id(run_id: str) -> None:
-    """Raise InvalidFields unless `run_id` is well-formed. GetRun checks nothing else, so this is
-    fast.
-    """
+    """Raise InvalidFields unless `run_id` is well-formed. This is all that GetRun checks."""
     if not RUN_ID.fullmatch(run_id):
         raise InvalidFields(tuple(run_id_violations(run_id)))
 
