@@ -27,14 +27,17 @@ CALLS ?= 300
 FAULT_MUTANTS ?= skipped-records acknowledged-failures open-transactions skipped-decisions one-recovery fatal-renewal internal no-receipts \
 	dead-connections forgotten-takes
 CUTS ?= 1000
+KILLS ?= 2000
+KILL_MUTANTS ?= early-answer skipped-run
+MINUTES ?= 30
 PART ?= 1/1
 CASES ?= 50000
 MUTANT_CASES ?= 3000
 ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
-	campaign-faults campaign-power-cuts campaign-processes campaign-replicas explore fuzz mutants interpreters test-agents
+.PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak soak-restarts lock clean \
+	campaign campaign-faults campaign-kills campaign-power-cuts campaign-processes campaign-replicas explore fuzz mutants interpreters test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -152,6 +155,15 @@ audit: $(DEPLOY_READY) ## Ask the advisory database about the locked dependencie
 interpreters: $(READY) ## Try every Python >= 3.11 of this machine, and an ordinary user
 	@.ci/interpreters
 
+campaign: $(READY) ## Run the long form of every campaign, one after the other; hours
+	@.ci/campaign
+
+campaign-kills: $(READY) ## kill -9 a service under load KILLS=2000 times, from a SEED; detect mutants
+	@$(BIN)/python tests/campaign/kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python tests/campaign/kills.py --kills $$(($(KILLS) / 5)) --postgres $(if $(SEED),--seed $(SEED))
+	@for mutant in $(KILL_MUTANTS); do \
+		$(BIN)/python tests/campaign/kills.py --kills 100 --mutate $$mutant; done
+
 campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process trees; detect mutants of it
 	@$(BIN)/python tests/campaign/processes.py --trials $(TRIALS)
 	@for mutant in killpg no-watermark no-recheck close-on-failure; do \
@@ -188,6 +200,9 @@ explore: $(READY) ## Try 1,000 new random examples of each property (make test: 
 
 soak: $(READY) ## 20,000 runs of 3 years under retention: rows, disk and memory must stay flat
 	@$(BIN)/python bench/soak.py --runs 20000 --years 3
+
+soak-restarts: $(READY) ## Restart a service under half load once a minute for MINUTES=30: nothing may grow
+	@$(BIN)/python bench/soak_restarts.py --minutes $(MINUTES)
 
 bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/recovery.py --runs 20000 --rounds 3

@@ -36,10 +36,13 @@ from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.opening import open_database
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from storage.service_store import QUESTION, ServiceStore, boot, receipt
 from support.clock import FakeClock
+
+from bench.flatness import has_grown
 
 ROUND: Final = 500
 DAY_S: Final = 86_400.0
@@ -51,10 +54,6 @@ POLICY: Final = RetentionPolicy(
     receipts=7 * DAY_S,
     reports=90 * DAY_S,
 )
-SLACK: Final = 1.2
-"""How much larger the second half may be than the first: sizes grow in steps, and memory varies."""
-
-
 COLUMNS: Final = ("made", "rows", "database_kib", "folders", "rss_kib")
 
 
@@ -176,18 +175,6 @@ async def soak(url: str, data: Path, runs: int, years: float) -> list[Sizes]:
     return found
 
 
-def grown(found: list[Sizes]) -> list[str]:
-    """Return what has grown from the second quarter to the last one."""
-    quarter = len(found) // 4
-    early, late = found[quarter : 2 * quarter], found[-quarter:]
-    return [
-        name
-        for name in COLUMNS[1:]
-        if max(getattr(one, name) for one in late)
-        > SLACK * max(getattr(one, name) for one in early)
-    ]
-
-
 def main() -> None:
     """Run the soak of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -200,7 +187,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         found = asyncio.run(soak(asked.database, Path(folder), asked.runs, asked.years))
     print(f"{time.monotonic() - begun:.0f} s")
-    if names := grown(found):
+    names = [n for n in COLUMNS[1:] if has_grown([getattr(one, n) for one in found])]
+    if names:
         sys.exit(f"grew: {', '.join(names)}")
 
 

@@ -59,7 +59,7 @@ class DiskFloor:
             interval_s=CHECK_INTERVAL_S,
             failure_event="service.disk_not_seen",
             stop_signal=self.stop_signal,
-            waits_first=False,
+            first_wait_s=0.0,
         )
 
     def start(self) -> None:

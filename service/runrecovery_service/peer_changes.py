@@ -49,7 +49,7 @@ def notice_loops(notices: PeerNotices, stop: StopSignal) -> list[PeriodicTask]:
             interval_s=LISTEN_AGAIN_S,
             failure_event="storage.notices_not_heard",
             stop_signal=stop,
-            waits_first=False,
+            first_wait_s=0.0,
             retried=(NotNow, Exhausted),
         ),
     ]

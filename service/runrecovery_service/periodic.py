@@ -74,7 +74,7 @@ class PeriodicTask:
         interval_s: seconds from the end of one step to the start of the next.
         failure_event: the log event of a step that failed.
         stop_signal: the signal that stops the service.
-        waits_first: whether the loop pauses before the first step.
+        first_wait_s: seconds before the first step; None: `interval_s`.
         fatal: errors of a step that stop the service and end the loop.
         retried: errors of a step that are logged and retried. Other errors end the task.
     """
@@ -84,7 +84,7 @@ class PeriodicTask:
     interval_s: float
     failure_event: str
     stop_signal: StopSignal
-    waits_first: bool = True
+    first_wait_s: float | None = None
     fatal: tuple[type[Exception], ...] = (Fenced,)
     retried: tuple[type[Exception], ...] = (Exception,)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -118,7 +118,8 @@ class PeriodicTask:
 
     async def run(self) -> None:
         """Run the loop in the caller's task."""
-        if self.waits_first and await wait_within(self._stopping, self.interval_s):
+        wait_s = self.interval_s if self.first_wait_s is None else self.first_wait_s
+        if wait_s and await wait_within(self._stopping, wait_s):
             return
         pause_s: float | None = None
         while True:

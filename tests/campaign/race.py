@@ -30,7 +30,8 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[2]))  # bench
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from campaign.replica_judges import TWO_OWNERS, Violation
+from campaign.judges import Violation
+from campaign.replica_judges import TWO_OWNERS
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
 from runrecovery_service.storage import instances, runs, turn_starts, work_stealing

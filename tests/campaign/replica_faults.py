@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from random import Random
 from typing import Any, Final, TypeAlias
 
-from campaign.replica_judges import Rows
-from campaign.replica_load import Client, Journal
+from campaign.judges import Rows
+from campaign.load import Client, Journal
 from campaign.replica_process import Replica
 from support.processes import are_dead
 from support.waiting import until

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from campaign.witness import lock_run
 from support.api import Api
 from support.defects import defect_in
 from support.engines import EngineSpec, demo_command, script
@@ -19,19 +20,10 @@ EXITS: Final = frozenset({0, 10, 6, -signal.SIGKILL})
 STOPPED_EXITS: Final = (EXITS, EXITS | {-signal.SIGTERM}, EXITS | {-signal.SIGTERM, 143})
 """The same after none, one and several SIGTERM: before the first lines of a start, and after the
 last ones, nothing handles the signal; a second one ends the service at once."""
-OVERLAPS: Final = "overlaps"
 ALIVE: Final = "alive-"
 """A file of this prefix and the key of a launch has the last time at which its agent lived."""
-WATCHED: Final = f"""
-import fcntl, os, threading, time
-mine, folder = os.environ["RUNRECOVERY_RUN_ID"], {{folder!r}}
-held = open(os.path.join(folder, mine), "w")
-try:
-    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except OSError:
-    with open(os.path.join(folder, {OVERLAPS!r}), "a") as file:
-        file.write(mine + "\\n")
-launch = int(os.environ["RUNRECOVERY_LEASE"].partition(".")[0], 16)
+LIVES: Final = f"""
+import threading, time
 alive = os.open(os.path.join(folder, {ALIVE!r} + str(launch)), os.O_WRONLY | os.O_CREAT)
 def live():
     while True:
@@ -57,7 +49,7 @@ def engines(folder: Path, *, long_s: float) -> dict[str, EngineSpec]:
     Args:
         long_s: how long a turn of the engine `long` takes.
     """
-    watched = WATCHED.format(folder=str(folder))
+    watched = lock_run(folder) + LIVES
     *python, text, _, _ = demo_command("resumable")
     session = {"session_file": "{workspace}/session-{value}.json"}
     return {

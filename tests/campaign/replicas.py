@@ -4,7 +4,7 @@
     python tests/campaign/replicas.py --seconds 300 --pooled    behind PgBouncer
     python tests/campaign/replicas.py --mutate exists           must be detected
 
-Three replicas on one PostgreSQL work under the load of clients (`replica_load.py`). The seed
+Three replicas on one PostgreSQL work under the load of clients (`load.py`). The seed
 determines the faults (`replica_faults.py`): SIGKILL, planned stops, SIGSTOP for longer than the
 lease (also in the middle of a transaction), cut and silent connections, a lost answer to a COMMIT,
 a crash of PostgreSQL.
@@ -43,9 +43,10 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # bench
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from campaign.judges import Violation, lost_writes
+from campaign.load import Client, Journal
 from campaign.replica_faults import SETTINGS, Faults
-from campaign.replica_judges import UNENDED, Violation, lost_writes, violations_now
-from campaign.replica_load import Client, Journal
+from campaign.replica_judges import UNENDED, violations_now
 from campaign.replica_mutants import MUTANTS, Mutant
 from campaign.replica_process import Replica, engines
 from runrecovery_service.storage.opening import open_database

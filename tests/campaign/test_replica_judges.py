@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from campaign.replica_judges import lost_writes, violations_now
-from campaign.replica_load import Journal
+from campaign.judges import lost_writes
+from campaign.load import Journal
+from campaign.replica_judges import violations_now
 
 
 def test_an_acknowledged_write_that_is_not_in_the_store_is_lost() -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import structlog
@@ -17,8 +17,12 @@ from runrecovery_service.retention.files import RunFiles
 from runrecovery_service.storage import retention
 from runrecovery_service.storage.database import Database
 from support.clock import FakeClock
+from support.waiting import until_async
 
 from .conftest import DAY_S, Machine
+
+HOUR_S: Final = 3600.0
+"""Less than a day: a later time would have to be confirmed first."""
 
 
 async def test_only_runs_that_have_reached_their_age_are_removed(machine: Machine) -> None:
@@ -34,6 +38,24 @@ async def test_only_runs_that_have_reached_their_age_are_removed(machine: Machin
     assert sweep.totals.removed == {RetentionKind.RUNS: len(old)}
     assert (sweep.totals.bytes_freed, sweep.totals.not_removed) == ({RetentionKind.RUNS: 330}, 0)
     assert sweep.totals.swept_at == machine.store.now
+
+
+async def test_a_service_that_is_restarted_before_a_second_sweep_removes_runs(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "FIRST_SWEEP_S", 0.0)
+    machine.ended(2)
+    machine.age(HOUR_S + retention.SETTLES_S)
+    sweep = machine.sweep(ended_runs=HOUR_S)
+
+    async def has_swept() -> bool:
+        return sweep.totals.swept_at is not None
+
+    sweep.start()
+    await until_async(has_swept, "it has swept once")
+    await sweep.stop()
+
+    assert machine.rows == machine.folders == []
 
 
 async def test_of_too_many_runs_the_oldest_are_removed(machine: Machine) -> None:

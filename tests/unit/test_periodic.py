@@ -102,7 +102,7 @@ async def test_a_step_may_name_the_pause_until_the_next_one(stop_signal: StopSig
 
     task = PeriodicTask(
         name="test", step=step, interval_s=3600.0, failure_event=FAILED, stop_signal=stop_signal,
-        waits_first=False,
+        first_wait_s=0.0,
     )  # fmt: skip
     task.start()
     await waits.wait()

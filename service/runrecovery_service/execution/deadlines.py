@@ -56,7 +56,7 @@ class Deadlines:
             interval_s=CHECK_INTERVAL_S,
             failure_event="execution.deadlines_failed",
             stop_signal=self.stop_signal,
-            waits_first=False,
+            first_wait_s=0.0,
         )
 
     def start(self) -> None:

@@ -71,7 +71,7 @@ class TakeoverLoop:
             interval_s=self.rules.lease_ttl_s / SEARCHES_PER_LEASE,
             failure_event="takeover.search_failed",
             stop_signal=self.stop_signal,
-            waits_first=False,
+            first_wait_s=0.0,
         )
 
     def start(self) -> None:

@@ -37,6 +37,9 @@ log = structlog.get_logger()
 
 R = TypeVar("R")
 
+FIRST_SWEEP_S: Final = 10.0
+"""From SERVING to the first sweep: the launches of a start come first, and a service that is
+restarted every minute still sweeps."""
 SWEEP_INTERVAL_S: Final = 60.0
 BATCH: Final = 100
 """How many runs one query finds, and how many receipts or reports one transaction removes."""
@@ -94,6 +97,7 @@ class RetentionSweep:
             name="retention",
             step=self._step,
             interval_s=SWEEP_INTERVAL_S,
+            first_wait_s=FIRST_SWEEP_S,
             failure_event="retention.sweep_failed",
             stop_signal=self.stop_signal,
         )
