@@ -2,8 +2,7 @@
 
 - `cli`: the `runrecovery` command.
 - `app`: builds every object. `lifecycle`: the order of a start and of a stop, and signals.
-  `lease_renewal`: lease, tree deadline and
-  self-fencing. `offline`: check, migrate and back up.
+  `lease_renewal`: lease, tree deadline, self-fencing. `offline`: check, migrate, back up.
 - `rpc`: the only package with gRPC: services, gate, health, reflection, errors.
 - `recovery`: what happens between a start and SERVING. `execution`: what happens after it. Neither
   imports the other: recovery writes rows, and execution reads them to find its work.

@@ -38,8 +38,8 @@ SQLite the file lock keeps others out, and a full disk is no reason to stop."""
 RENEWAL_TRY_SHARE: Final = 0.3
 """The most time for one try to renew the lease, as a share of `lease_ttl_s`."""
 TREES_BEFORE_LEASE_S: Final = 1.0
-"""How long before the lease process trees end if the lease is not renewed. An instance that takes
-over then finds no process alive."""
+"""The time from the end of process trees to the end of the lease, if the lease is not renewed. An
+instance that takes over then finds no process alive."""
 
 
 def tree_deadline_ns(lease_ttl_s: float, renewed_ns: int) -> int:

@@ -63,8 +63,8 @@ class Signals:
     def _receive_stop(self, number: int) -> None:
         """Handle a stop signal, unless it was held already.
 
-        For a moment at the start, both the loop and the holding handlers receive each signal. A
-        signal that both report must count once.
+        For a moment at the start, a signal reaches both the handlers of the event loop and those of
+        `early_signals`. It must count once.
         """
         if number in self._were_held:
             self._were_held.discard(number)

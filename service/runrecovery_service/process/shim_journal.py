@@ -25,7 +25,7 @@ class RecordedEnd:
 
     Attributes:
         exit_code: negative for the signal that killed it.
-        begin, end: the part of the attempt's kept output that is its own, in bytes.
+        begin, end: the part of the attempt's output file that this agent has printed, in bytes.
     """
 
     exit_code: int

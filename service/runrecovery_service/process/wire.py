@@ -1,9 +1,14 @@
 """The protocol between the service and the shim of one launch, over two pipes.
 
-The service writes to the gate: the order, then one line for each heartbeat (a time of
-CLOCK_BOOTTIME in nanoseconds), once the line that releases the agent, and at last the line that
-says who keeps the last output. When the gate closes, for whatever reason, the shim kills its whole
-tree. The shim writes to the report: one line per event.
+The service writes to the gate:
+
+1. the launch order;
+2. a line for each heartbeat (a time of CLOCK_BOOTTIME in nanoseconds), and once, among these, the
+   line that releases the agent;
+3. the line that says who keeps the last output.
+
+When the gate closes, for whatever reason, the shim kills its whole tree. The shim writes to the
+report: one line per event.
 
 The shim imports this module too, so it imports only light modules of the standard library.
 """

@@ -44,7 +44,8 @@ def days_of(session_id: str) -> list[str]:
     """Return the folders, `year/month/day`, that may contain a session.
 
     The session's id (a UUID of version 7) contains a time. The folder has the local day, so it is
-    the day of that time, the day before or the day after. An id without a valid time has none.
+    the day of that time, the day before or the day after. For an id without a valid time, return no
+    folders.
     """
     milliseconds = int(session_id[:8] + session_id[9:13], 16)
     if session_id[14] != "7" or milliseconds >= END_OF_TIME_MS:
