@@ -36,7 +36,8 @@ from runrecovery_service.storage.recovery_scope import RecoveryScope
 from runrecovery_service.storage.session_checks import StoredSession
 
 _Session = tuple[StoredSession, Situation, Work]
-"""A session to check, with the situation of its run by the stored rows, and the run's work."""
+"""A session to check, the situation of its run as the stored rows describe it, and the run's work.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
