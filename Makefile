@@ -34,10 +34,12 @@ PART ?= 1/1
 CASES ?= 50000
 MUTANT_CASES ?= 3000
 ROUNDS ?= 1
+HISTORIES ?= 10000
+SIMULATION_MUTANTS ?= rearmed slot-early slot-twice orphans gate answer receipts heartbeats
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak soak-restarts lock clean \
-	campaign campaign-faults campaign-kills campaign-power-cuts campaign-processes campaign-replicas explore fuzz mutants interpreters test-agents
+	campaign campaign-faults campaign-kills campaign-power-cuts campaign-processes campaign-replicas campaign-simulation explore fuzz mutants interpreters test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -186,6 +188,10 @@ campaign-power-cuts: $(READY) ## Cut the power of a recorded service CUTS=1000 t
 	@$(BIN)/python tests/power_cut/power_cuts.py --cuts $(CUTS) --starts 20
 	@for mutant in commits-not-synced never-synced; do \
 		$(BIN)/python tests/power_cut/power_cuts.py --cuts 100 --starts 0 --mutate $$mutant; done
+
+campaign-simulation: $(READY) ## Play HISTORIES=10000 seeded histories in virtual time; detect mutants; SEED=… plays one again
+	@$(BIN)/python tests/simulation/simulate.py $(if $(SEED),--seed $(SEED),--histories $(HISTORIES))
+	@$(if $(SEED),,$(if $(SIMULATION_MUTANTS),$(BIN)/python tests/simulation/simulate.py --first 0 $(addprefix --mutate ,$(SIMULATION_MUTANTS))))
 
 mutants: $(READY) ## Seed bugs, PART=1/1 of tests/mutants/seeded_bugs.py: the tests must catch each
 	@$(BIN)/python tests/mutants/run.py --part $(PART)

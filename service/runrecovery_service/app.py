@@ -23,6 +23,7 @@ from runrecovery_service.lifecycle import Service, store_kept
 from runrecovery_service.listeners import Listeners
 from runrecovery_service.locks import ServiceLocks, runs_dir
 from runrecovery_service.lost_commits import losses_noted
+from runrecovery_service.machine import Machine
 from runrecovery_service.machine_limits import plan_open_files
 from runrecovery_service.ownership import Ownership
 from runrecovery_service.process.open_files import OpenFiles
@@ -35,7 +36,7 @@ from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
-from runrecovery_service.rpc.server import GrpcServer
+from runrecovery_service.rpc.server import GrpcServer, start_grpc
 from runrecovery_service.rpc.server_setup import Contract, build_contract, build_server
 from runrecovery_service.setup.entrance import Entrance
 from runrecovery_service.setup.execution import (
@@ -126,7 +127,9 @@ async def _run(
     entrance: Entrance,
     endpoints: Sequence[Endpoint],
 ) -> None:
-    parts = SharedParts(settings, locks, db, probe, open_files, endpoints)
+    # Before the claim: a start that gets no thread must leave no lease behind.
+    start_grpc()
+    parts = SharedParts(settings, locks, db, probe, open_files, endpoints, Machine())
     service = _service(parts, entrance, load)
     gc.freeze()  # later collections skip the objects that the start has made
     gc.enable()  # see `cli.main`

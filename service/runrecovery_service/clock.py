@@ -39,6 +39,11 @@ class Clock:
         return Due(at=self.now() + span, clock=steady.clock, us=steady.us + span // _MICROSECOND)
 
 
+def loop_time_s() -> float:
+    """Return the time of the running event loop, which measures pauses and time limits."""
+    return asyncio.get_running_loop().time()
+
+
 async def wait_within(event: asyncio.Event, seconds: float) -> bool:
     """Wait for an event for at most `seconds`, and return whether the event was set."""
     try:

@@ -18,7 +18,6 @@ from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
-from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.renewal_note import RenewalNote
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
@@ -81,7 +80,7 @@ class LeaseRenewal:
 
     def __post_init__(self) -> None:
         self.commits = CommitHistory(self.owner.instance, self.lease_ttl_s)
-        self._renewed_s = self._last_try_s = boot_time_ns() / 1e9
+        self._renewed_s = self._last_try_s = self._now_ns() / 1e9
 
     @property
     def interval_s(self) -> float:
@@ -91,7 +90,7 @@ class LeaseRenewal:
     @property
     def left_s(self) -> float:
         """Seconds until the lease ends. Negative if it has ended."""
-        return self._renewed_s + self.lease_ttl_s - boot_time_ns() / 1e9
+        return self._renewed_s + self.lease_ttl_s - self._now_ns() / 1e9
 
     def tasks(self) -> list[PeriodicTask]:
         """Return the loop of renewals and, on SQLite, the loop that extends the tree deadline."""
@@ -148,7 +147,7 @@ class LeaseRenewal:
             CommitsLost: the database lacks commits that it had acknowledged.
             LeaseLost: the lease could not be renewed for too long, so that others may take it.
         """
-        begun_ns = boot_time_ns()
+        begun_ns = self._now_ns()
         begun_s = begun_ns / 1e9
         if begun_s - self._last_try_s > self.lease_ttl_s - TREES_BEFORE_LEASE_S:
             log.warning("service.stood_still", seconds=round(begun_s - self._last_try_s, 1))
@@ -195,7 +194,7 @@ class LeaseRenewal:
 
     def _demand_recent_renewal(self) -> None:
         self_fence_s = self.lease_ttl_s * SELF_FENCE_SHARE
-        if boot_time_ns() / 1e9 - self._renewed_s <= self_fence_s:
+        if self._now_ns() / 1e9 - self._renewed_s <= self_fence_s:
             return
         self.unrenewed.set()
         if self.storage.is_shared:
@@ -203,4 +202,7 @@ class LeaseRenewal:
             raise LeaseLost(self.owner.instance, self_fence_s)
 
     async def _extend_tree_deadline(self) -> None:
-        self.turns.heartbeat(tree_deadline_ns(self.lease_ttl_s, boot_time_ns()))
+        self.turns.heartbeat(tree_deadline_ns(self.lease_ttl_s, self._now_ns()))
+
+    def _now_ns(self) -> int:
+        return self.turns.tree_deadline.now_ns()

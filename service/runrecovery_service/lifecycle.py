@@ -6,12 +6,12 @@ import asyncio
 import math
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from time import monotonic
 from typing import Final
 
 import structlog
 
 from runrecovery_service.background_work import BackgroundWork
+from runrecovery_service.clock import loop_time_s
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable, error_facts, is_outage
 from runrecovery_service.domain.reconciliation import Reconciliation
@@ -138,7 +138,7 @@ class Service:
 
     async def _drain(self) -> None:
         """Launch nothing more, await turns, refuse changes, and let load balancers notice."""
-        begun_s = monotonic()
+        begun_s = loop_time_s()
         self.work.dispatcher.pause()  # a queued run can survive the stop, a new process cannot
         await self._let_turns_end()
         self.gate.drain()
@@ -149,19 +149,19 @@ class Service:
                 self._stop_processes(), _step("webhooks", self.work.webhooks.stop())
             )
         elif self.gate.recovered:  # else no load balancer has ever sent calls
-            await asyncio.sleep(self.settings.drain_delay_s - (monotonic() - begun_s))
+            await asyncio.sleep(self.settings.drain_delay_s - (loop_time_s() - begun_s))
 
     async def _let_turns_end(self) -> None:
         """Wait up to `finish_s` seconds until the turns under way have ended.
 
         Meanwhile the service accepts replies and cancels, and carries out deadlines.
         """
-        work, end_s = self.work.dispatcher, monotonic() + self.settings.finish_s
+        work, end_s = self.work.dispatcher, loop_time_s() + self.settings.finish_s
         if not self.settings.finish_s or self.stop.failure is not None or not work.at_work:
             return
         self.gate.finish()
         log.info("service.finishing", turns=work.at_work, finish_s=self.settings.finish_s)
-        while work.at_work and monotonic() < end_s and self.stop.failure is None:  # noqa: ASYNC110 - three conditions have no common event
+        while work.at_work and loop_time_s() < end_s and self.stop.failure is None:  # noqa: ASYNC110 - three conditions have no common event
             await asyncio.sleep(FINISH_POLL_S)
         log.info("service.finished", turns_left=work.at_work)
 

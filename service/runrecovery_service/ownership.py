@@ -38,7 +38,7 @@ class Ownership:
         loops = [
             *self.lease.tasks(),
             self.trials.task(),
-            file_watch(self._demand_in_place, self.stop),
+            file_watch(self._demand_in_place, self.stop, start=self.storage.threads.start),
             *([shared_poll(self.storage, self.stop)] if self.storage.is_shared else []),
             *([] if notices is None else notice_loops(notices, self.stop)),
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import field
 from typing import Final
 
@@ -131,16 +132,24 @@ class StatementTrials:
             )
 
 
-def file_watch(demand_in_place: Callable[[], None], stop: StopSignal) -> PeriodicTask:
+def file_watch(
+    demand_in_place: Callable[[], None],
+    stop: StopSignal,
+    *,
+    start: Callable[[Callable[[], None]], Future[None]] = daemon_threads.start,
+) -> PeriodicTask:
     """Return the loop that stops the service once a lock or a file of the store is lost.
 
     Each check runs in its own thread: a file system that hangs (NFS, FUSE) must not block the event
     loop. Only one check runs at a time. A check without an answer does not stop the service.
+
+    Args:
+        start: starts a check in a thread, or raises RuntimeError.
     """
 
     async def check() -> None:
         try:
-            check = asyncio.wrap_future(daemon_threads.start(demand_in_place))
+            check = asyncio.wrap_future(start(demand_in_place))
         except RuntimeError as error:  # the system refuses a thread
             log.warning("service.files_not_seen", error=str(error))
             return

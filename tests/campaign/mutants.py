@@ -15,9 +15,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from runrecovery_service.agents import end_launches
 from runrecovery_service.cli import main
-from runrecovery_service.process import procfs, shim
+from runrecovery_service.process import processes, procfs, shim
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.launch_tree import PinnedProcess
 from runrecovery_service.process.markers import LaunchMarkers
@@ -41,7 +40,7 @@ def kill_groups() -> None:
                     os.killpg(launch.pid, signal.SIGKILL)
         return {launch.launch_key: Ending(gone=True) for launch in launches}
 
-    _break(end_launches, "end_trees", end_groups)
+    _break(processes, "end_trees", end_groups)
 
 
 def forget_watermarks() -> None:

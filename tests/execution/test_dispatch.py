@@ -10,8 +10,8 @@ import peewee as pw
 import pytest
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.execution import dispatcher, launcher
-from runrecovery_service.process import sweep
+from runrecovery_service.execution import dispatcher
+from runrecovery_service.process import processes, sweep
 from runrecovery_service.storage import turn_ends, turn_starts
 
 from .conftest import Execution, until
@@ -75,7 +75,7 @@ async def test_a_tree_that_could_not_be_searched_for_is_searched_for_again(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = OSError(24, "too many open files")
-    monkeypatch.setattr(launcher, "end_trees", failing_first(2, error, sweep.end_trees))
+    monkeypatch.setattr(processes, "end_trees", failing_first(2, error, sweep.end_trees))
 
     run = await execution.until_ended(await execution.create("quick"))
 
@@ -121,7 +121,7 @@ async def test_the_dispatcher_reports_for_how_long_the_queue_cannot_be_read(
         await until(has_looked_twice)
         return execution.dispatcher.failing_s
 
-    monkeypatch.setattr(dispatcher, "monotonic", lambda: time_s[0])
+    monkeypatch.setattr(dispatcher, "loop_time_s", lambda: time_s[0])
     monkeypatch.setattr(turn_starts, "take_next", take_next)
 
     within_a_moment = await failing_s_after_a_look()
@@ -170,7 +170,7 @@ async def test_a_launch_that_the_system_refuses_fails_its_run(
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("a step of the launch is refused")
 
-    monkeypatch.setattr(launcher, "prepare", refuse)
+    monkeypatch.setattr(processes, "prepare", refuse)
 
     run = await execution.until_ended(await execution.create("quick"))
 

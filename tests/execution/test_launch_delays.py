@@ -14,7 +14,7 @@ from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.domain.run import Profile, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.execution import launcher
-from runrecovery_service.process import launch
+from runrecovery_service.process import launch, processes
 from runrecovery_service.process.launch_errors import LaunchDelayed, ShimLost, launch_error
 from runrecovery_service.process.shim_events import NotStarted, parse_event
 from runrecovery_service.process.shimmed_process import ShimmedProcess
@@ -130,7 +130,7 @@ async def test_a_delayed_launch_that_is_canceled_is_not_started(
     def never(*_: object, **__: object) -> None:
         raise LaunchDelayed("no memory")
 
-    monkeypatch.setattr(launcher, "prepare", never)
+    monkeypatch.setattr(processes, "prepare", never)
     run_id = await execution.create("quick")
 
     async def is_followed() -> bool:
@@ -179,7 +179,7 @@ async def test_a_run_whose_cancel_came_before_its_turn_was_known_never_starts(
 async def test_every_try_of_a_launch_uses_one_workspace(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "prepare", twice(lacking(errno.EMFILE), launch.prepare))
+    monkeypatch.setattr(processes, "prepare", twice(lacking(errno.EMFILE), launch.prepare))
 
     run, delays = await run_of(execution)
 
@@ -213,7 +213,7 @@ async def test_a_shim_that_is_lost_at_its_gate_is_replaced(
 ) -> None:
     """A shim for which the system has no descriptor ends without an event."""
     lost = twice(lambda: ShimLost("the shim ended"), launch.prepare)
-    monkeypatch.setattr(launcher, "prepare", lost)
+    monkeypatch.setattr(processes, "prepare", lost)
 
     run, delays = await run_of(execution)
 
@@ -230,7 +230,7 @@ async def test_a_shim_that_is_lost_after_a_failed_fork_of_another_is_replaced(
 ) -> None:
     """The first shim could not fork its agent, so nothing of the agent has run."""
     steps = in_turn(launch.prepare, lose, launch.prepare, launch.prepare)
-    monkeypatch.setattr(launcher, "prepare", steps)
+    monkeypatch.setattr(processes, "prepare", steps)
     release = twice(lambda: LaunchDelayed("fork"), ShimmedProcess.release)
     monkeypatch.setattr(ShimmedProcess, "release", release)
 
@@ -247,7 +247,7 @@ async def test_shims_that_are_lost_with_another_delay_between_them_do_not_fail_t
         raise LaunchDelayed("no memory")
 
     steps = in_turn(*[lose] * 4, lack, *[lose] * 4, launch.prepare)
-    monkeypatch.setattr(launcher, "prepare", steps)
+    monkeypatch.setattr(processes, "prepare", steps)
     monkeypatch.setattr(launcher, "DELAY_MOST_S", launcher.DELAY_FIRST_S)
 
     run, _ = await run_of(execution)
@@ -264,7 +264,7 @@ async def test_five_shims_lost_in_a_row_fail_the_launch(
         tries.append(None)
         raise ShimLost("the shim ended")
 
-    monkeypatch.setattr(launcher, "prepare", lose)
+    monkeypatch.setattr(processes, "prepare", lose)
 
     run, _ = await run_of(execution)
 

@@ -22,7 +22,7 @@ from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.lines import FOUND
-from runrecovery_service.execution import launcher
+from runrecovery_service.process import processes
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import reopening
@@ -178,7 +178,7 @@ async def test_a_session_file_that_may_still_be_written_gets_no_fingerprint(
     def stuck(*given: Any, **more: Any) -> Mapping[int, Ending]:
         return {key: replace(one, gone=False) for key, one in end_trees(*given, **more).items()}
 
-    monkeypatch.setattr(launcher, "end_trees", stuck)
+    monkeypatch.setattr(processes, "end_trees", stuck)
     execution = await new_execution(more=[writer(tmp_path / "cli")])
 
     with structlog.testing.capture_logs() as logged:

@@ -11,8 +11,8 @@ import pytest
 from runrecovery_service.domain.run import RestartPolicy, RunStatus
 from runrecovery_service.execution import (
     dispatcher,
-    launcher,
 )
+from runrecovery_service.process import processes
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import launch_records
@@ -104,7 +104,7 @@ async def test_the_sweep_frees_a_run_that_waits_for_a_tree_that_could_not_be_end
 ) -> None:
     execution = await new_execution(trees_live_s=SHORT_S)
     execution.heartbeat(SHORT_S)
-    monkeypatch.setattr(launcher, "end_trees", not_at_first(end_trees))
+    monkeypatch.setattr(processes, "end_trees", not_at_first(end_trees))
     monkeypatch.setattr(dispatcher, "CHECK_INTERVAL_S", 600.0)  # only after a change
     run_id = await execution.create("holds", policy=RestartPolicy.REQUEUE)
     run = await execution.until(run_id, lambda run: run.attempt == 1 and run.status == "QUEUED")
@@ -124,7 +124,7 @@ async def test_the_sweep_frees_a_run_that_waits_for_a_tree_that_could_not_be_end
 async def test_a_stuck_tree_of_a_canceled_run_is_listed_until_the_sweep_has_ended_it(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "end_trees", not_at_first(end_trees))
+    monkeypatch.setattr(processes, "end_trees", not_at_first(end_trees))
     run_id = await execution.create("family")
     launch = await execution.until_tree(run_id, 2)
     await execution.cancel(run_id)

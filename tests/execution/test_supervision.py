@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import threading
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.dialect import AskMessage
 from runrecovery_service.execution import (
     agent_io,
-    launcher,
     supervisor,
     turn_state,
 )
 from runrecovery_service.execution.turn_state import Signal
+from runrecovery_service.process import processes
 from runrecovery_service.process.launch import prepare
+from runrecovery_service.process.launch_errors import LaunchFailed
 from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import deadlines, interactions, launch_records, turns
@@ -250,7 +252,7 @@ async def test_a_cancel_during_the_end_of_a_wait_cancels_the_run(
         assert go_on.wait(30)
         return sweep(*args, **named)
 
-    monkeypatch.setattr(launcher, "end_trees", end_slowly)
+    monkeypatch.setattr(processes, "end_trees", end_slowly)
     run_id = await execution.create("deaf")
     assert await asyncio.to_thread(reached.wait, 30)
     await execution.cancel(run_id)
@@ -323,7 +325,7 @@ async def test_a_launch_that_a_stop_cuts_off_leaves_no_process(
         return call
 
     if step == "prepare":
-        monkeypatch.setattr(launcher, "prepare", held_up(prepare))
+        monkeypatch.setattr(processes, "prepare", held_up(prepare))
     elif step == "release":
         monkeypatch.setattr(ShimmedProcess, "release", held_up(ShimmedProcess.release))
     else:
@@ -389,3 +391,35 @@ async def test_a_stop_ends_the_tree_of_a_run_that_a_newer_epoch_owns(
     assert execution.dispatcher.slots_in_use == 0
     assert launch.tree() == []
     assert not launch.is_guarded
+
+
+async def is_canceled(task: asyncio.Task[None]) -> bool:
+    return task.cancelling() > 0
+
+
+async def test_a_launch_that_fails_while_a_stop_cuts_it_off_logs_no_unretrieved_error(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    reported: list[str] = []
+
+    def fail_late(*_: object, **__: object) -> None:
+        reached.set()
+        assert go_on.wait(30)
+        raise LaunchFailed("the system refused")
+
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: reported.append(context["message"]))
+    monkeypatch.setattr(processes, "prepare", fail_late)
+    await execution.create("quick")
+    assert await asyncio.to_thread(reached.wait, 30)
+    following = execution.dispatcher.turns.tasks
+
+    stopping = asyncio.create_task(execution.dispatcher.stop())
+    await until(lambda: is_canceled(following[0]))
+    go_on.set()
+    await stopping
+    following.clear()
+    gc.collect()
+
+    assert reported == []

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.lease_renewal import LeaseRenewal
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.stop_signal import StopSignal
@@ -14,6 +15,7 @@ from runrecovery_service.storage.instances import Owner
 
 OWNER = Owner("default", 1, "t")
 DEMO_ENGINES: Any = SimpleNamespace(names=("demo", "other"))
+NO_TURNS: Any = SimpleNamespace(tree_deadline=TreeDeadline(0))
 
 
 @pytest.mark.parametrize("is_shared", [True, False], ids=["PostgreSQL", "SQLite"])
@@ -27,7 +29,7 @@ async def test_the_lease_is_renewed_and_trees_live_on_five_times_in_its_time(
         storage=storage,
         owner=OWNER,
         catalog=unused,
-        turns=unused,
+        turns=NO_TURNS,
         health=unused,
         stop=StopSignal(),
         note=None,
@@ -45,7 +47,6 @@ async def test_on_sqlite_a_slow_renewal_succeeds_however_late_it_is(unrenewed_s:
     async def renew_on_a_slow_disk(*_: object, **__: object) -> None:
         await asyncio.sleep(0.3)
 
-    unused: Any = None
     storage: Any = SimpleNamespace(is_shared=False, renew=renew_on_a_slow_disk)
     health: Any = SimpleNamespace(note=lambda part, *, answers: noted.append((part, answers)))
     renewal = LeaseRenewal(
@@ -53,7 +54,7 @@ async def test_on_sqlite_a_slow_renewal_succeeds_however_late_it_is(unrenewed_s:
         storage=storage,
         owner=OWNER,
         catalog=DEMO_ENGINES,
-        turns=unused,
+        turns=NO_TURNS,
         health=health,
         stop=StopSignal(),
         note=None,
@@ -71,7 +72,6 @@ async def test_each_renewal_tells_the_engines_that_are_configured_now() -> None:
     async def renew(*_: object, engines: object, **__: object) -> None:
         told.append(engines)
 
-    unused: Any = None
     catalog: Any = SimpleNamespace(names=("demo",))
     storage: Any = SimpleNamespace(is_shared=False, renew=renew)
     health: Any = SimpleNamespace(note=lambda *_, **__: None)
@@ -80,7 +80,7 @@ async def test_each_renewal_tells_the_engines_that_are_configured_now() -> None:
         storage=storage,
         owner=OWNER,
         catalog=catalog,
-        turns=unused,
+        turns=NO_TURNS,
         health=health,
         stop=StopSignal(),
         note=None,
@@ -93,21 +93,17 @@ async def test_each_renewal_tells_the_engines_that_are_configured_now() -> None:
     assert told == [("demo",), ("demo", "another")]
 
 
-async def test_trees_live_by_the_start_of_a_renewal_and_not_by_its_answer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_trees_live_by_the_start_of_a_renewal_and_not_by_its_answer() -> None:
     """The database counts the lease from a moment between the two."""
     seconds = [100]
-    monkeypatch.setattr(
-        "runrecovery_service.lease_renewal.boot_time_ns", lambda: seconds[0] * 10**9
-    )
     heartbeats: list[int] = []
 
     async def renew(*_: object, **__: object) -> None:
         seconds[0] += 4
 
     storage: Any = SimpleNamespace(is_shared=True, renew=renew)
-    turns: Any = SimpleNamespace(heartbeat=heartbeats.append)
+    deadline = TreeDeadline(0, now_ns=lambda: seconds[0] * 10**9)
+    turns: Any = SimpleNamespace(heartbeat=heartbeats.append, tree_deadline=deadline)
     health: Any = SimpleNamespace(note=lambda *_, **__: None)
     renewal = LeaseRenewal(
         lease_ttl_s=15.0,

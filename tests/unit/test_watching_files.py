@@ -70,9 +70,7 @@ async def test_a_check_that_fails_does_not_count_as_a_lost_file() -> None:
     assert stop.failure is LOST
 
 
-async def test_a_check_that_gets_no_thread_is_made_later(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_check_that_gets_no_thread_is_made_later() -> None:
     begin, refusals = daemon_threads.start, [RuntimeError("can't start new thread")]
     stop = StopSignal()
 
@@ -84,9 +82,8 @@ async def test_a_check_that_gets_no_thread_is_made_later(
     def demand() -> None:
         raise LOST
 
-    monkeypatch.setattr(daemon_threads, "start", begin_later)
     with capture_logs() as events:
-        await storage_health.file_watch(demand, stop).run()
+        await storage_health.file_watch(demand, stop, start=begin_later).run()
 
     assert [event["error"] for event in events] == ["can't start new thread"]
     assert stop.failure is LOST

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 
 from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.processes import MachineProcesses, Processes
 from runrecovery_service.process.shim_journal import killed_by_shim
-from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage.launch_records import LaunchRecord
 
 
@@ -23,6 +24,7 @@ class LaunchEnder:
         why: the purpose, for the log.
         grace_s: seconds between SIGTERM and SIGKILL.
         deadline_s: time limit; processes that survive are left to a later try.
+        processes: finds and ends the processes.
     """
 
     workspaces: Workspaces
@@ -30,6 +32,7 @@ class LaunchEnder:
     why: str
     grace_s: float
     deadline_s: float
+    processes: Processes = field(default_factory=MachineProcesses)
 
     def end(self, launches: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
         """End every process of these launches, and remove their cgroups.
@@ -37,7 +40,7 @@ class LaunchEnder:
         Returns:
             By launch key: the processes that this call or the launch's own shim has ended.
         """
-        endings = end_trees(
+        endings = self.processes.end_trees(
             [launch_markers(launch) for launch in launches],
             why=self.why,
             grace_s=self.grace_s,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import field
-from time import monotonic
 from typing import Final
 
 import structlog
 
+from runrecovery_service.clock import loop_time_s
 from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, RunGone
 from runrecovery_service.execution.launcher import Launcher
 from runrecovery_service.execution.record_watch import RecordWatch
@@ -172,7 +172,7 @@ class Dispatcher:
                 )
 
     def _note_failure(self) -> None:
-        now = monotonic()
+        now = loop_time_s()
         if self._failing_since is None:
             self._failing_since = now
         self.failing_s = now - self._failing_since

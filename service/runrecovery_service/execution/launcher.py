@@ -30,10 +30,9 @@ from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.process.agent_command import agent_environment
-from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.ending import Ending
-from runrecovery_service.process.launch import OutputRest, prepare
+from runrecovery_service.process.launch import OutputRest
 from runrecovery_service.process.launch_errors import (
     TRANSIENT,
     LaunchDelayed,
@@ -42,12 +41,11 @@ from runrecovery_service.process.launch_errors import (
     launch_error,
 )
 from runrecovery_service.process.markers import COOKIE_VARIABLE, Identity, LaunchMarkers
-from runrecovery_service.process.procfs import read_proc
+from runrecovery_service.process.processes import LaunchPlan, MachineProcesses, Processes
 from runrecovery_service.process.resource_limits import AgentShare, ResourceLimits
 from runrecovery_service.process.shim_events import ShimEvent
 from runrecovery_service.process.shim_journal import killed_by_shim
 from runrecovery_service.process.shimmed_process import ShimmedProcess
-from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.trust.errors import TrustFileBusy
 
 R = TypeVar("R")
@@ -85,6 +83,7 @@ class Launcher:
         environ: the service's environment, some of whose variables agents get.
         cancel_grace_s: seconds between SIGTERM and SIGKILL.
         share: the open files and the pipe size that each agent gets.
+        processes: spawns and ends the processes.
     """
 
     workspaces: Workspaces
@@ -95,6 +94,7 @@ class Launcher:
     environ: Mapping[str, str]
     cancel_grace_s: float
     share: AgentShare = field(default_factory=AgentShare)
+    processes: Processes = field(default_factory=MachineProcesses)
 
     def end_trees(
         self, markers: Sequence[LaunchMarkers], *, why: str, deadline_s: float
@@ -105,7 +105,9 @@ class Launcher:
             why: the reason, for the log.
             deadline_s: time limit after the grace.
         """
-        return end_trees(markers, why=why, grace_s=self.cancel_grace_s, deadline_s=deadline_s)
+        return self.processes.end_trees(
+            markers, why=why, grace_s=self.cancel_grace_s, deadline_s=deadline_s
+        )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -144,14 +146,16 @@ class Launch:
         """Whether the shim can end its tree: it exists, and is not stopped by a signal."""
         if self._process is None:
             return True
-        shim = read_proc(self._process.pid)
+        shim = self.launcher.processes.find(self._process.pid)
         same = shim is not None and shim.start_ticks == self._process.start_ticks
         return shim is not None and same and not shim.dead and shim.state not in "Tt"
 
     @property
     def is_shim_gone(self) -> bool:
         """Whether the shim has ended. A shim ends once its tree has ended."""
-        shim = None if self._process is None else read_proc(self._process.pid)
+        if self._process is None:
+            return True
+        shim = self.launcher.processes.find(self._process.pid)
         return shim is None or shim.dead
 
     def need_no_output(self) -> None:
@@ -215,7 +219,7 @@ class Launch:
             self._lost_shims = 0
             return error
         except ShimLost as error:
-            if boot_time_ns() > self._deadline_ns:
+            if self.launcher.tree_deadline.now_ns() > self._deadline_ns:
                 raise LeaseOver from error
             if self._is_gate_open:
                 self.records.log.warning("execution.shim_lost", reason=error.reason)
@@ -262,6 +266,7 @@ class Launch:
         except asyncio.CancelledError:
             self.stop_waiting()
             await asyncio.wait([step])
+            step.exception()  # nobody needs it; asyncio logs an error that nobody retrieves
             raise
 
     def _environment(self, engine: Engine) -> dict[str, str]:
@@ -317,8 +322,8 @@ class Launch:
         self, engine: Engine, command: Sequence[str], workspace: Path, env: Mapping[str, str]
     ) -> ShimmedProcess:
         self._deadline_ns = self.launcher.tree_deadline.deadline_ns
-        return prepare(
-            command,
+        plan = LaunchPlan(
+            command=command,
             markers=self.markers,
             cwd=workspace,
             env=env,
@@ -335,6 +340,7 @@ class Launch:
             cgroup_procs=self._make_cgroup(),
             rest=self._output_rest(),
         )
+        return self.launcher.processes.prepare(plan)
 
     def _output_rest(self) -> OutputRest:
         run, workspaces = self.records.turn.run, self.launcher.workspaces

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import field
-from time import monotonic
 from typing import Final
 
+from runrecovery_service.clock import loop_time_s
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.execution.running_turns import RunningTurns
@@ -73,18 +73,18 @@ class RecordWatch:
                     return
 
     def _schedule_poll(self) -> None:
-        self._poll_due_s = monotonic() + CHECK_INTERVAL_S
+        self._poll_due_s = loop_time_s() + CHECK_INTERVAL_S
 
     async def _wait(self, changes: Subscription) -> None:
         """Wait for a change, or for the time of the next read without a change."""
-        pause_s = max(0.0, self._poll_due_s - monotonic())
+        pause_s = max(0.0, self._poll_due_s - loop_time_s())
         if self._due_keys:
             pause_s = min(pause_s, RETRY_S)
         change = await changes.next(pause_s)
         if change is not None:
             self._due_keys |= change.run_keys
             self._all_due = change.in_doubt
-        if monotonic() >= self._poll_due_s:
+        if loop_time_s() >= self._poll_due_s:
             self._is_poll_due = self.storage.is_shared
             self._schedule_poll()
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import field
-from time import monotonic
 from typing import Final
 
 import structlog
 
-from runrecovery_service.clock import Clock
+from runrecovery_service.clock import Clock, loop_time_s
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import turn_starts, work_stealing
@@ -62,7 +61,7 @@ class RunQueue:
 
     async def _moved_from_peer(self, busy_engines: Sequence[str]) -> bool:
         """Move a run of a peer into this queue; return False if no run was moved."""
-        if not self.storage.is_shared or monotonic() < self._search_due_s:
+        if not self.storage.is_shared or loop_time_s() < self._search_due_s:
             return False
         engines = set(self.catalog.names) - set(busy_engines)
         if not engines:
@@ -72,7 +71,7 @@ class RunQueue:
         )
         peer = await self.storage.read(work_stealing.find_peer, taker, now=self.clock.now())
         if peer is None:
-            self._search_due_s = monotonic() + PEERS_INTERVAL_S
+            self._search_due_s = loop_time_s() + PEERS_INTERVAL_S
             return False
         run_id = await self.storage.write_own(
             work_stealing.take_from, taker, peer, now=self.clock.now(), steady=self.clock.steady()

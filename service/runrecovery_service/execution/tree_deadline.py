@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import field
 
 from runrecovery_service.lazy_dataclass import dataclass
@@ -15,9 +16,13 @@ class TreeDeadline:
 
     Each renewal of the service's lease moves the time. A shim that gets no later time ends its
     tree.
+
+    Attributes:
+        now_ns: returns CLOCK_BOOTTIME.
     """
 
     deadline_ns: int
+    now_ns: Callable[[], int] = boot_time_ns
     _moved: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -26,7 +31,7 @@ class TreeDeadline:
 
         If not, the service was suspended, and its trees have ended.
         """
-        return boot_time_ns() < self.deadline_ns
+        return self.now_ns() < self.deadline_ns
 
     def move_to(self, deadline_ns: int) -> None:
         """Set a later deadline."""

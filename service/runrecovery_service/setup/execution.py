@@ -35,6 +35,7 @@ def build_launcher(parts: SharedParts) -> Launcher:
         environ=dict(os.environ),
         cancel_grace_s=parts.settings.cancel_grace_s,
         share=agent_share(parts.settings, parts.open_files),
+        processes=parts.machine.processes,
     )
 
 

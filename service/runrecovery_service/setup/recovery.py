@@ -121,6 +121,7 @@ def _launch_ender(parts: SharedParts, why: str, grace_s: float, deadline_s: floa
         why=why,
         grace_s=grace_s,
         deadline_s=deadline_s,
+        processes=parts.machine.processes,
     )
 
 

@@ -13,8 +13,7 @@ from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.session_checks import session_checks
 from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.agents.workspaces import Workspaces
-from runrecovery_service.claim import claim_epoch, this_host, this_start
-from runrecovery_service.clock import Clock
+from runrecovery_service.claim import claim_epoch, this_start
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.counters import Meters
 from runrecovery_service.domain.reconciliation import Containment
@@ -25,16 +24,14 @@ from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.lease_renewal import tree_deadline_ns
 from runrecovery_service.locks import ServiceLocks, runs_dir
 from runrecovery_service.lost_commits import noted_loss
+from runrecovery_service.machine import Machine
 from runrecovery_service.machine_limits import open_cgroup_parent
-from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.server import start_grpc
 from runrecovery_service.setup.engines import build_catalog
-from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
@@ -59,6 +56,7 @@ class SharedParts:
         probe: Future[Containment],
         open_files: OpenFiles,
         endpoints: Sequence[Endpoint],
+        machine: Machine,
     ) -> None:
         """Claim the next epoch, and build the shared objects.
 
@@ -67,20 +65,18 @@ class SharedParts:
             ContainmentRefused: processes cannot be contained on this system.
         """
         self.settings, self.locks, self.db = settings, locks, db
-        self.open_files = open_files
+        self.open_files, self.machine = open_files, machine
         db.webhooks = tuple(endpoint.filter for endpoint in endpoints)
-        self.stop, self.clock = StopSignal(), Clock()
+        self.stop, self.clock = StopSignal(), machine.clock
         self.meters = Meters()
         self.calls = CallMeter(self.meters) if settings.metrics_listen else None
         self.status = RecoveryStatus(probe, lost_commits=noted_loss(locks.data_dir))
         self.gate = Gate(retry_after_s=settings.retry_hint_s)
-        self.host = this_host()
+        self.host = machine.host()
         self.cgroups = open_cgroup_parent(settings)
         # Before the claim: processes must end before the lease does.
-        deadline_ns = tree_deadline_ns(settings.lease_ttl_s, boot_time_ns())
-        self.tree_deadline = TreeDeadline(deadline_ns)
-        # Before the claim as well: a start that gets no thread must leave no lease behind.
-        start_grpc()
+        deadline_ns = tree_deadline_ns(settings.lease_ttl_s, machine.now_ns())
+        self.tree_deadline = TreeDeadline(deadline_ns, machine.now_ns)
         self._claim()
         self.catalog = build_catalog(settings)
         self.workspaces = Workspaces(runs_dir(settings, locks.data_dir))
@@ -116,9 +112,10 @@ class SharedParts:
         settings, is_metered = self.settings, self.calls is not None
         start = this_start(settings, self.locks, self.host)
         with ExitStack() as made:  # a refused start leaves no thread behind
-            self.storage = Storage(self.db, self.meters if is_metered else None)
+            meters = self.meters if is_metered else None
+            self.storage = Storage(self.db, meters, self.machine.storage_threads)
             made.callback(self.storage.close)
-            self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
+            self.threads = self.machine.pool(settings.capacity * 4 + 4, "process")
             made.callback(self.threads.shutdown)
             self.tracer = _tracer(settings, self.meters)
             self.started_at = self.clock.now()

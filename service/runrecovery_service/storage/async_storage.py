@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import structlog
 
-from runrecovery_service import daemon_threads
 from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import NotNow, RunRecoveryError
-from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.changes import (
     Changes,
     SharedPoll,
@@ -38,6 +36,7 @@ from runrecovery_service.storage.postgresql import PostgreSQL, cut
 from runrecovery_service.storage.reports import close_abandoned
 from runrecovery_service.storage.reserved_connection import ReservedConnection
 from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.storage_threads import StorageThreads
 from runrecovery_service.storage.store_timer import StoreTimer
 from runrecovery_service.storage.use_case import UseCase, run_use_case
 
@@ -60,34 +59,37 @@ log = structlog.get_logger()
 class Storage:
     """Runs use cases for the event loop: reads, durable writes, and long exclusive work."""
 
-    def __init__(self, db: Database, meters: Meters | None = None) -> None:
+    def __init__(
+        self, db: Database, meters: Meters | None = None, threads: StorageThreads | None = None
+    ) -> None:
         """Start the threads. Call `hear_peers` later, once the instance is known.
 
         Args:
             meters: count the times and errors of the store; None: nothing is counted.
+            threads: makes the threads; None: threads of the system.
         """
         self._db = db
+        self.threads = threads or StorageThreads()
         self._meters = meters
         self._inline = db.dialect.kind is DatabaseKind.SQLITE
         self._writer: GroupCommitWriter | None = None
         self._reserved: ReservedConnection | None = None
         self._replacement: ReservedConnection | None = None
         with ExitStack() as made:  # ends the other threads if the system refuses one
-            self._pool = SteadyThreadPool(
-                READER_THREADS if self._inline else POSTGRESQL_CONNECTIONS,
-                thread_name_prefix="storage",
+            self._pool = self.threads.pool(
+                READER_THREADS if self._inline else POSTGRESQL_CONNECTIONS
             )
             made.callback(self._pool.shutdown)
             if self._inline:
-                self._writer = GroupCommitWriter(
+                self._writer = self.threads.writer(
                     db, None if meters is None else meters.commit_writes
                 )
                 made.callback(self._writer.close)
             else:
-                self._reserved = ReservedConnection(db.direct or db)
+                self._reserved = self.threads.reserved(db.direct or db)
                 made.callback(self._reserved.close)
                 self._reserved.open()  # first, before other clients take the last connection
-            self._trials = ReservedConnection(db, "storage-trial")
+            self._trials = self.threads.reserved(db, "storage-trial")
             made.pop_all()
         self._under_way: dict[int, tuple[float, object]] = {}
         self.changes = Changes()
@@ -240,7 +242,7 @@ class Storage:
                 )
         except asyncio.CancelledError:  # the caller's time limit: the network may drop packets
             if self._replacement is None:
-                self._replacement = ReservedConnection(self._db.direct or self._db)
+                self._replacement = self.threads.reserved(self._db.direct or self._db)
                 self._replacement.open()
             raise
 
@@ -273,7 +275,7 @@ class Storage:
 
     async def run_exclusive(self, use: Callable[[Database], R]) -> R:
         """Run long work of many transactions on a thread and a connection of its own."""
-        return await daemon_threads.run(lambda: self._run_exclusive(use))
+        return await self.threads.run_alone(lambda: self._run_exclusive(use))
 
     def _run_exclusive(self, use: Callable[[Database], R]) -> R:
         try:

@@ -41,9 +41,9 @@ class Change:
 class Subscription:
     """Collects every change. A context manager, whose end closes the subscription."""
 
-    def __init__(self, subscriptions: set[Subscription]) -> None:
+    def __init__(self, subscriptions: dict[Subscription, None]) -> None:
         self._subscriptions = subscriptions
-        self._subscriptions.add(self)
+        self._subscriptions[self] = None
         self._run_keys: set[int] = set()
         self._in_doubt = False
         self._woken = asyncio.Event()
@@ -52,7 +52,7 @@ class Subscription:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._subscriptions.discard(self)
+        self._subscriptions.pop(self, None)
 
     async def next(self, timeout_s: float) -> Change | None:
         """Wait for changes and return them; None if there are none within `timeout_s` seconds.
@@ -91,7 +91,8 @@ class Changes:
         self._by_run: dict[int, set[asyncio.Event]] = {}
         self._of_decisions: set[asyncio.Event] = set()
         self._of_all_runs: set[asyncio.Event] = set()
-        self._subscriptions: set[Subscription] = set()
+        # In the order of their beginning, so that they always wake in the same order.
+        self._subscriptions: dict[Subscription, None] = {}
 
     @property
     def runs_watched(self) -> list[int]:

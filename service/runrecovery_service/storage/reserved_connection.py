@@ -17,9 +17,10 @@ R = TypeVar("R")
 class ReservedConnection:
     """A thread whose connection stays open, so that no other client can take its place."""
 
-    def __init__(self, db: Database, name: str = "storage-lease") -> None:
+    def __init__(self, db: Database, thread: SteadyThreadPool) -> None:
+        """Use a pool of one thread, which belongs to this object from now on."""
         self._db = db
-        self._thread = SteadyThreadPool(1, thread_name_prefix=name)
+        self._thread = thread
         self._connection: object = None
         self._opening: Future[None] | None = None
 
