@@ -5,7 +5,7 @@
 launch  An agent through the gate: the shim comes to it, two commits record it (SQLite), the agent
         is executed. Floor: `subprocess.Popen` of the same program.
 end     `end_trees` of many trees of three processes, some of which ignore SIGTERM, beside their
-        grace and 0.5 s. Floor: SIGKILL through a pidfd each and a poll, for as many processes.
+        grace and 0.2 s. Floor: SIGKILL through a pidfd each and a poll, for as many processes.
 check   `end_trees` of many launches without a living process. Floor: one plain scan of all of /proc
         (stat, limits, environ); the time beyond it is the cost of the launches.
 
@@ -59,7 +59,7 @@ LAUNCHES: Final = 20
 """Launches in one round."""
 STUBBORN_SHARE: Final = 0.1
 GRACE_S: Final = 0.5
-ALLOWED_S: Final = 0.5
+ALLOWED_S: Final = 0.2
 """Time after the grace for ending every process, and for the proof that none is left."""
 DEADLINE_S: Final = 30.0
 PROCESSES_A_TREE: Final = 3

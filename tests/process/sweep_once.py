@@ -1,8 +1,8 @@
 """Run one sweep in a process of its own: markers as JSON in argv, result as JSON on stderr.
 
-With "marked" as the next argument this process has the watermark itself. With a number as the next
-argument it sweeps as the user with this id. It becomes that user after all imports, because the
-user may lack access to this Python.
+With "at-once" as a further argument there is no grace. With "marked" this process has the watermark
+itself. With a number it sweeps as the user with this id. It becomes that user after all imports,
+because the user may lack access to this Python.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ PR_SET_DUMPABLE = 4
 
 given = json.loads(sys.argv[1])
 lease = LaunchMarkers(**{**given, "host": Host(**given["host"])})
-if sys.argv[2:] == ["marked"]:
+words = sys.argv[2:]
+grace_s = 0 if "at-once" in words else 1
+users = [int(word) for word in words if word.isdigit()]
+if "marked" in words:
     resource.setrlimit(RLIMIT_LOCKS, (lease.watermark or 0, lease.watermark or 0))
-elif sys.argv[2:]:
+for user in users:
     Host.here()
     os.setgroups([])
-    os.setgid(int(sys.argv[2]))
-    os.setuid(int(sys.argv[2]))
+    os.setgid(user)
+    os.setuid(user)
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # as in a service of this user
-ending = end_trees([lease], why="test", grace_s=1, deadline_s=5)[lease.launch_key]
+ending = end_trees([lease], why="test", grace_s=grace_s, deadline_s=5)[lease.launch_key]
 told = {**dataclasses.asdict(ending), "dead": sorted(ending.dead)}
 sys.stderr.write(json.dumps(told))

@@ -181,13 +181,16 @@ def sweep_once(lease: LaunchMarkers, *words: str, **options: Any) -> dict[str, A
     return told
 
 
+@pytest.mark.parametrize("start", ["with-grace", "at-once"])
 @pytest.mark.parametrize("mark", ["cookie", "watermark"])
-def test_never_signals_itself_even_with_the_marker(new_lease: NewLease, mark: str) -> None:
+def test_never_signals_itself_even_with_the_marker(
+    new_lease: NewLease, mark: str, start: str
+) -> None:
     lease = new_lease()
     cookie = {COOKIE_VARIABLE: lease.token} if mark == "cookie" else {}
     words = ["marked"] if mark == "watermark" else []
 
-    ending = sweep_once(lease, *words, env={**os.environ, **cookie})
+    ending = sweep_once(lease, *words, start, env={**os.environ, **cookie})
 
     assert (ending["found"], ending["gone"]) == (0, False)
     assert f"({mark}) but is this service" in ending["refused"][0]

@@ -38,6 +38,8 @@ log = structlog.get_logger(__name__)
 
 GRACE_TICK_S: Final = 0.1
 """Time between two scans during the grace, to find processes that were forked meanwhile."""
+LEAST_PAUSE_S: Final = 0.005
+"""Pause between two scans that take longer than the time between their beginnings."""
 KILLING_S: Final = 2.0
 """Part of the deadline that is reserved for SIGKILL and the empty scans after it."""
 LAST_S: Final = 0.5
@@ -143,6 +145,7 @@ class _Sweep:
         self._kill_at = math.inf if self._grace_s else start
         self._deadline_s = deadline_s
         self._stop_at = start + deadline_s
+        self._scanned_at = start
         self._freezes = 0
         self._protected: frozenset[int] = frozenset()
         self._seen: frozenset[int] = frozenset()
@@ -196,7 +199,7 @@ class _Sweep:
 
     def _scan_and_pin(self) -> None:
         """Scan once: pin new processes, note deaths, count the scan for each tree."""
-        began = self._clock()
+        began = self._scanned_at = self._clock()
         self._processes.count_free_pins()
         try:
             busy = self._pin_newcomers()
@@ -229,7 +232,8 @@ class _Sweep:
     def _scan(self) -> tuple[dict[int, Proc], dict[int, Member]]:
         """Read every process; return them all, and those that carry a marker or are pinned."""
         known = self._processes.identities
-        if not self._protected:
+        is_killing = self._is_killing
+        if is_killing and not self._protected:  # a process that is stopped on sight comes too early
             self._protected = protected_pids(procfs.scan(), own_pid=os.getpid())
         snapshot: dict[int, Proc] = {}
         roots: dict[int, Member] = {}
@@ -241,7 +245,8 @@ class _Sweep:
             root = self._processes.find_direct_member(proc, known)
             if root is not None:
                 roots[pid] = root
-                self._freeze_on_sight(root, known)
+                if is_killing:
+                    self._freeze_on_sight(root, known)
         self._seen = frozenset(snapshot)
         return snapshot, roots
 
@@ -264,7 +269,7 @@ class _Sweep:
         """Stop a new process at once while killing: it could fork again before the scan ends."""
         is_new = member.proc.identity not in known and not member.proc.dead
         may_signal = member.proc.pid not in self._protected and not self._processes.is_shim(member)
-        if self._is_killing and is_new and may_signal:
+        if is_new and may_signal:
             pinned = self._processes.pin(member)
             if pinned is not None:
                 self._signal(pinned, signal.SIGSTOP)
@@ -350,7 +355,8 @@ class _Sweep:
         left_s = max(0.0, self._stop_at - now)
         living = self._processes.living
         if not living:
-            self._note_deaths(min(TICK_S, left_s), whole_time=True)
+            rest_s = max(LEAST_PAUSE_S, self._scanned_at + TICK_S - now)
+            self._note_deaths(min(rest_s, left_s), whole_time=True)
         elif now < self._kill_at:
             self._note_deaths(min(GRACE_TICK_S, self._kill_at - now, left_s))
         elif all(signal.SIGKILL in pinned.sent for pinned in living):
