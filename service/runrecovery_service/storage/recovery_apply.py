@@ -323,7 +323,7 @@ def _record_decisions(
         " d.interaction, d.session_turn, d.session_verdict, d.session_reason, d.resumes"
         f" FROM ({decisions_sql(db.dialect, found, scope.elsewhere)}) AS d"
         " WHERE d.stands = 0",
-        bounds,
+        (batch.first, batch.last, *bounds),
     )
     webhook_outbox.record_decisions(
         db,

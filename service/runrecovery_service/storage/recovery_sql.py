@@ -177,10 +177,10 @@ def decisions_sql(
         found: by run key: the end of a turn that was found in the kept output.
         elsewhere: see `ApplyScope`.
 
-    Parameters: as `IN_RANGE`. Columns: id, recovery_no, status, rule, facts, becomes, error_code,
-    recovery_state, damage, stands (1 when the run already has this decision and has not changed
-    since), sequence. The other columns explain the decision: profile, attempt, interaction,
-    session_turn, session_verdict, session_reason, resumes.
+    Parameters: first and last key, then as `IN_RANGE`. Columns: id, recovery_no, status, rule,
+    facts, becomes, error_code, recovery_state, damage, stands (1 when the run already has this
+    decision and has not changed since), sequence. The other columns explain the decision: profile,
+    attempt, interaction, session_turn, session_verdict, session_reason, resumes.
     """
     rule = _of_rule(lambda rule: rule.name, damaged=f"'{QUARANTINE_RULE}'")
     becomes = _of_rule(lambda rule: rule.becomes, damaged="j.status")
@@ -195,7 +195,8 @@ def decisions_sql(
         f" {facts_sql(dialect)} + {found_ends.facts_sql(found)}"
         f" + {_elsewhere_sql(dialect, elsewhere)} AS facts,"
         f" {damage_sql(dialect)} AS damage"
-        f" {WITH_LATEST_QUESTION} WHERE {IN_RANGE}),"
+        # The range of questions: otherwise PostgreSQL may read all of them for each batch.
+        f" {WITH_LATEST_QUESTION} AND i.run BETWEEN ? AND ? WHERE {IN_RANGE}),"
         f" judged AS MATERIALIZED (SELECT seen.*, {rule_sql()} AS number FROM seen)"
         f" SELECT j.id, j.recovery_count + 1 AS recovery_no, j.status, {rule} AS rule, j.facts,"
         f" {becomes} AS becomes, {error} AS error_code, {state} AS recovery_state, j.damage,"
