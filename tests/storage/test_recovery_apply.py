@@ -39,6 +39,8 @@ from storage.service_store import (
     reasons,
 )
 
+from bench import seed
+
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 1000])
 def test_every_live_run_is_decided_once_for_every_batch_size(
@@ -523,6 +525,34 @@ def test_live_runs_are_found_by_an_index_without_a_table_scan(store: ServiceStor
     assert walks == []
     assert any("run_live" in plan for plan in plans)
     assert RecoveryState.FAILED_RECONCILED.value == store.column(second, "recovery_state")
+
+
+def test_a_batch_reads_only_the_questions_of_its_own_runs(store: ServiceStore) -> None:
+    if store.db.dialect.kind is DatabaseKind.SQLITE:
+        pytest.skip("SQLite reads each question by its key")
+    plan: list[str] = []
+
+    class Explaining(Database):
+        def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
+            if sql.startswith("INSERT INTO recovery_event"):
+                plan.extend(row[0] for row in super().execute(f"EXPLAIN {sql}", params))
+            return super().execute(sql, params)
+
+    seed.fill(store.db, store.owner, seed.Seeding(runs=6000, mix={"waiting": 1}), now=store.now)
+    store.restart()
+    scope = store.open_report()
+    batch = recovery_apply.next_batch(store.db, scope, after=0, rows=2000)
+    assert batch is not None
+
+    recovery_apply.apply_batch(
+        Explaining(store.db.peewee, store.db.dialect, store.db.name),
+        scope,
+        batch,
+        report=lambda db, tally: None,
+    )
+
+    assert [line for line in plan if "on interaction" in line] != []
+    assert [line for line in plan if "Seq Scan on interaction" in line] == []
 
 
 async def test_text_that_is_not_utf8_stops_neither_recovery_nor_lists(store: ServiceStore) -> None:
