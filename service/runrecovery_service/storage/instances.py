@@ -111,13 +111,13 @@ def _lease_until(db: Database, ttl_s: float) -> str:
 def claim(db: Database, boot: InstanceStart, *, now: datetime, ttl_s: float = LEASE_TTL_S) -> Owner:
     """Claim the instance's next epoch, with a lease of `ttl_s` seconds.
 
-    SQLite: the epoch is above the epochs of all instances, because the service adopts their runs. A
-    lease that has not ended is ignored: the lock on the file proves that its holder is dead. A
-    clock that was once ahead may have left a lease that ends in years.
+    On SQLite, the epoch is above the epochs of all instances, because the service adopts their
+    runs. A lease that has not ended is ignored, because the lock on the file proves that its holder
+    is dead. Such a lease may end in years, if the clock was once ahead.
 
-    PostgreSQL: a lease that has not ended is ignored only if its holder had locked the same file as
-    this start, which proves that the holder is dead. Equal host names prove nothing: hosts that
-    were made from one image share their machine-id.
+    On PostgreSQL, a lease that has not ended is ignored only if its holder had locked the same file
+    as this start, which proves that the holder is dead. Equal host names prove nothing, because
+    hosts that were made from one image share their machine-id.
 
     Raises:
         Held: on PostgreSQL, an instance of this name has a lease that has not ended.
