@@ -27,6 +27,7 @@ CALLS ?= 300
 FAULT_MUTANTS ?= skipped-records acknowledged-failures open-transactions skipped-decisions one-recovery fatal-renewal internal no-receipts \
 	dead-connections forgotten-takes
 CUTS ?= 1000
+PAIRS ?= 200
 KILLS ?= 2000
 KILL_MUTANTS ?= early-answer skipped-run
 MINUTES ?= 30
@@ -39,7 +40,7 @@ SIMULATION_MUTANTS ?= rearmed slot-early slot-twice orphans gate answer receipts
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak soak-restarts lock clean \
-	campaign campaign-faults campaign-kills campaign-power-cuts campaign-processes campaign-replicas campaign-simulation explore fuzz mutants interpreters test-agents
+	campaign campaign-crash-points campaign-faults campaign-kills campaign-power-cuts campaign-processes campaign-replicas campaign-simulation explore fuzz mutants interpreters test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -192,6 +193,10 @@ campaign-power-cuts: $(READY) ## Cut the power of a recorded service CUTS=1000 t
 campaign-simulation: $(READY) ## Play HISTORIES=10000 seeded histories in virtual time; detect mutants; SEED=… plays one again
 	@$(BIN)/python tests/simulation/simulate.py $(if $(SEED),--seed $(SEED),--histories $(HISTORIES))
 	@$(if $(SEED),,$(if $(SIMULATION_MUTANTS),$(BIN)/python tests/simulation/simulate.py --first 0 $(addprefix --mutate ,$(SIMULATION_MUTANTS))))
+
+campaign-crash-points: $(READY) ## Kill a service at PAIRS=200 pairs of its crash points; detect mutants of it
+	@$(BIN)/python tests/crash_points/campaign.py --pairs $(PAIRS) $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python tests/crash_points/campaign.py --mutate report-first --mutate close-first --mutate decisions-first --mutate record-late
 
 mutants: $(READY) ## Seed bugs, PART=1/1 of tests/mutants/seeded_bugs.py: the tests must catch each
 	@$(BIN)/python tests/mutants/run.py --part $(PART)
