@@ -42,7 +42,7 @@ from faults.mutants import MUTANTS
 from bench.postgres import ScratchPostgres, memory_place, scratch_postgres
 
 KINDS: Final = {"sqlite": list(SQLITE_KINDS), "postgresql": list(POSTGRESQL_KINDS)}
-CALLS_A_LIFE: Final = 20
+CALLS_A_LIFE: Final = 30
 STARTS_A_LIFE: Final = 1
 """How many of them before the service serves: `recovery_tries` bounds the failures of a start."""
 OUTAGES: Final = 0.25
@@ -82,7 +82,12 @@ class Life:
 
 @dataclass(slots=True)
 class Campaign:
-    """The lives of one arena."""
+    """The lives of one arena.
+
+    Attributes:
+        only: a regular expression that finds the names of the sites at which calls fail.
+        tried: the sites at which a call has failed, each with the kind of failure.
+    """
 
     arena: Arena
     database: Database
@@ -94,14 +99,16 @@ class Campaign:
 
     def survey(self) -> Life:
         """Play a life without faults, and learn the sites."""
-        return self.play(Plan(database=self.database))
+        return self.play(Plan(database=self.database, mutant=self.mutant))
 
     def lives(self, calls: int) -> Iterator[Life]:
         """Play lives until so many calls have failed."""
-        kinds = cycle(self.rng.sample(KINDS[self.database], len(KINDS[self.database])))
-        failed = 0
+        kinds = KINDS[self.database]
+        if self.mutant:
+            kinds, self.only = [MUTANTS[self.mutant].kind], MUTANTS[self.mutant].sites
+        turns, failed = cycle(self.rng.sample(kinds, len(kinds))), 0
         while failed < calls:
-            life = self.play(self._plan(next(kinds)))
+            life = self.play(self._plan(next(turns)))
             yield life
             failed += max(1, len(life.failed))
 
@@ -124,12 +131,12 @@ class Campaign:
         starts = [site for site in new if self.sites[site].is_start][:STARTS_A_LIFE]
         later = [site for site in new if not self.sites[site].is_start]
         chosen = [*starts, *later[: CALLS_A_LIFE - len(starts)]] or [rng.choice(wanted)]
-        if is_outage := rng.random() < OUTAGES:
+        if is_outage := not self.mutant and rng.random() < OUTAGES:
             chosen = [rng.choice(chosen)]
         faults = tuple(
             Fault(
                 site=site,
-                nth=rng.choice((1, rng.randint(1, self.sites[site].count))),
+                nth=rng.choice((1, 1, rng.randint(1, self.sites[site].count))),
                 kind=kind,
                 seconds=round(rng.uniform(*OUTAGE_S), 1) if is_outage else 0.0,
             )

@@ -86,8 +86,7 @@ def _log(arena: Arena) -> Iterator[str]:
     for service in arena.home.services:
         for event in service.events():
             if "exception" in event:
-                last = event["exception"].strip().splitlines()[-1]
-                yield f"a traceback in {event['event']}: {last}"
+                yield f"a traceback in {event['event']}: {event['exception']}"
     yield from arena.home.defects()
 
 

@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -36,7 +37,7 @@ Answer = TypeVar("Answer")
 Database = Literal["sqlite", "postgresql"]
 
 PROGRAM: Final = Path(__file__).with_name("database_calls.py")
-CALL_S: Final = 40.0
+CALL_S: Final = 60.0
 """How long a client repeats a call. Longer than any fault lasts, and than the service's pauses."""
 REPEATED: Final = frozenset(
     {"RECONCILIATION_IN_PROGRESS", "SHUTTING_DOWN", "STORAGE_BUSY", "STORAGE_FULL",
@@ -136,8 +137,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._api.channel.close()
 
-    def call(self, method: str, request: Any) -> Any:
+    def call(self, method: str, request: Any, read: Callable[[Any], Any] = lambda _: _) -> Any:
         """Return the answer of a call.
+
+        Args:
+            read: reads the answer; needed for a stream.
 
         Raises:
             ServiceEnded: there is no service any more.
@@ -147,7 +151,7 @@ class Client:
 
         def attempt() -> Any:
             try:
-                return stub(request, timeout=10.0)
+                return read(stub(request, timeout=CALL_S))
             except grpc.RpcError as error:
                 self._note(method, error)
                 return None
@@ -164,6 +168,33 @@ class Client:
         self.journal.answers[answer] += 1
         if refusal.reason not in REPEATED:
             raise Undocumented(f"{method}: {answer}: {refusal.message}")
+
+    def watch(self, run_id: str) -> None:
+        """Watch a run until its end, and resume the watch after each error."""
+        latest = 1
+
+        def read(stream: Any) -> bool:
+            nonlocal latest
+            for answer in stream:
+                match answer.WhichOneof("update"):
+                    case "event":
+                        if answer.sequence != latest + 1:
+                            raise Undocumented(f"event {answer.sequence} came after {latest}")
+                        latest = request.after_sequence = answer.sequence
+                        is_ended = answer.event.status in ENDED
+                    case _:
+                        is_ended = False
+                if is_ended:
+                    stream.cancel()
+                    return True
+            return False
+
+        request = pb.WatchRunRequest(run_id=run_id, after_sequence=latest)
+
+        def look() -> bool:
+            return bool(self.call("WatchRun", request, read))
+
+        until(look, f"the watch of {run_id} has its end", timeout_s=CALL_S)
 
     def create(self, run_id: str, engine: str = "player", **given: Any) -> None:
         """Create a run."""
@@ -219,6 +250,12 @@ class Client:
 
         found = until(look, f"{run_id} is {status}", timeout_s=CALL_S)
         return found is not None and status_word(found) == status
+
+
+def _first(stream: Any) -> Any:
+    answer = next(stream)
+    stream.cancel()
+    return answer
 
 
 def _request_id(call: str) -> str:
@@ -353,6 +390,12 @@ class Arena:
 
     def _call(self, client: Client) -> None:
         """Call every method, and give runs every kind of end."""
+        with ThreadPoolExecutor(1) as watcher:
+            watching = watcher.submit(client.watch, "waits")
+            self._work(client)
+            watching.result()
+
+    def _work(self, client: Client) -> None:
         client.create("plain", tag="plain")
         client.create_nameless("nameless")
         client.create("asks", asks=True)
@@ -398,6 +441,8 @@ class Arena:
         client.call("GetRecoveryStatus", recovery.GetRecoveryStatusRequest())
         client.call("GetInstances", recovery.GetInstancesRequest())
         client.call("ListWebhooks", recovery.ListWebhooksRequest())
+        client.call("StreamOutput", pb.StreamOutputRequest(run_id="plain"), lambda each: [*each])
+        client.call("WatchRecovered", recovery.WatchRecoveredRequest(), _first)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -9,9 +10,16 @@ from typing import Any, Final, Literal
 
 @dataclass(frozen=True, slots=True)
 class FaultMutant:
-    """A change of the service, and the database whose failures reveal it."""
+    """A change of the service, and the failures that reveal it.
+
+    Attributes:
+        kind: a key of `SQLITE_KINDS` or `POSTGRESQL_KINDS`.
+        sites: a regular expression that finds the names of the sites.
+    """
 
     apply: Callable[[], None]
+    kind: str
+    sites: str
     database: Literal["sqlite", "postgresql"] = "sqlite"
 
 
@@ -54,10 +62,16 @@ def acknowledge_failed_commits() -> None:
 
 
 def leave_transactions_open() -> None:
-    """Leave a transaction open after an error."""
+    """Leave a transaction open after an error of the database."""
     import peewee as pw
 
-    _break(pw._transaction, "rollback", lambda *_: None)
+    rollback = pw._transaction.rollback
+
+    def rollback_or_leave(self: Any, *given: Any) -> None:
+        if not isinstance(sys.exc_info()[1], pw.PeeweeException):
+            rollback(self, *given)
+
+    _break(pw._transaction, "rollback", rollback_or_leave)
 
 
 def forget_receipts() -> None:
@@ -144,14 +158,20 @@ def forget_takes() -> None:
 
 
 MUTANTS: Final[Mapping[str, FaultMutant]] = {
-    "skipped-records": FaultMutant(skip_failed_records),
-    "acknowledged-failures": FaultMutant(acknowledge_failed_commits),
-    "open-transactions": FaultMutant(leave_transactions_open),
-    "skipped-decisions": FaultMutant(skip_failed_decisions),
-    "one-recovery": FaultMutant(recover_once),
-    "fatal-renewal": FaultMutant(end_at_a_failed_renewal),
-    "internal": FaultMutant(answer_internal),
-    "no-receipts": FaultMutant(forget_receipts, "postgresql"),
-    "dead-connections": FaultMutant(keep_dead_connections, "postgresql"),
-    "forgotten-takes": FaultMutant(forget_takes, "postgresql"),
+    "skipped-records": FaultMutant(skip_failed_records, "busy", r"turn_ends\.record_end"),
+    "acknowledged-failures": FaultMutant(acknowledge_failed_commits, "full", "^COMMIT"),
+    "open-transactions": FaultMutant(leave_transactions_open, "full", "^COMMIT"),
+    "skipped-decisions": FaultMutant(skip_failed_decisions, "damaged", "apply_batch"),
+    "one-recovery": FaultMutant(recover_once, "busy", r"RecoveryRunner\.recover"),
+    "fatal-renewal": FaultMutant(end_at_a_failed_renewal, "damaged", r"instances\.renew"),
+    "internal": FaultMutant(answer_internal, "busy", "RunService|run_pages|decisions"),
+    "no-receipts": FaultMutant(
+        forget_receipts, "lost-afterwards", r"^COMMIT.*runs\.create", "postgresql"
+    ),
+    "dead-connections": FaultMutant(
+        keep_dead_connections, "lost", r"instances\.renew", "postgresql"
+    ),
+    "forgotten-takes": FaultMutant(
+        forget_takes, "lost-afterwards", "^COMMIT.*take_next", "postgresql"
+    ),
 }

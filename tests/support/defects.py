@@ -15,11 +15,15 @@ DEFECTS: Final = frozenset(
 )  # fmt: skip
 """Exceptions that only code can cause: no damaged database, file or agent."""
 _RAISED: Final = re.compile(r"^[ |+-]*([A-Za-z]+)(?::|$)", re.MULTILINE)
+_RAISED_IN_JSON: Final = re.compile(r"'exc_type': '([A-Za-z]+)'")
+"""In an event of a log of JSON lines, the exceptions are objects, which contain their causes."""
 
 
 def defect_in(event: Mapping[str, Any]) -> str | None:
     """Return the name of the defect in a log event, or None."""
-    names = {str(event.get("error")), *_RAISED.findall(str(event.get("exception", "")))}
+    exception = str(event.get("exception", ""))
+    names = {str(event.get("error")), *_RAISED.findall(exception)}
+    names.update(_RAISED_IN_JSON.findall(exception))
     raised = event.get("exc_info")
     if raised:
         kind = type(raised) if isinstance(raised, BaseException) else sys.exc_info()[0]

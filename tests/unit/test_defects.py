@@ -7,6 +7,7 @@ import structlog
 from support.defects import defect_in
 
 TRACEBACK = "Traceback (most recent call last):\n  File x, line 1, in y\nTypeError: 1 argument"
+IN_JSON = [{"exc_type": "ExceptionGroup", "exceptions": [[{"exc_type": "NameError"}]]}]
 GROUP = "  + ExceptionGroup: unhandled (1 sub-exception)\n    | NameError: name 'x'"
 
 
@@ -17,6 +18,7 @@ GROUP = "  + ExceptionGroup: unhandled (1 sub-exception)\n    | NameError: name 
         ({"event": "service.defect", "exc_info": AttributeError("x")}, "AttributeError"),
         ({"event": "execution.dispatch_failed", "exception": TRACEBACK}, "TypeError"),
         ({"event": "execution.session_failed", "exception": GROUP}, "NameError"),
+        ({"event": "execution.dispatch_failed", "exception": IN_JSON}, "NameError"),
         ({"event": "trust.not_cleared", "error": "StorageFull"}, None),
         ({"event": "execution.launch_failed", "reason": "TypeError: not of ours"}, None),
         ({"event": "service.serving"}, None),
