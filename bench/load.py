@@ -8,7 +8,8 @@ that on a machine of two cores the server is what limits, not its client. A call
 stream has ended with an answer on it; a call without one ends the measurement with an error.
 
 `--payloads` names a file with a serialized request on each line, in hexadecimal; callers take
-them in turns. `--ca` names the certificate that TLS trusts, `--token` is sent with each call.
+them in turns. With `--once` each request is sent once, and the measurement ends with the last.
+`--ca` names the certificate that TLS trusts, `--token` is sent with each call.
 Prints a `Load` as JSON.
 """
 
@@ -118,12 +119,11 @@ def header_block(target: Target) -> bytes:
 class Connection:
     """A connection with calls on it, each on a stream of its own."""
 
-    def __init__(self, target: Target, payloads: list[bytes]) -> None:
+    def __init__(self, target: Target, payloads: list[bytes], *, once: bool = False) -> None:
         self._socket = target.connect()
         self._headers = header_block(target)
-        self._messages = itertools.cycle(
-            struct.pack(">BI", 0, len(payload)) + payload for payload in payloads
-        )
+        messages = [struct.pack(">BI", 0, len(payload)) + payload for payload in payloads]
+        self._messages = iter(messages) if once else itertools.cycle(messages)
         self._streams = itertools.count(1, 2)
         self._begun: dict[int, float] = {}
         self._answered: set[int] = set()
@@ -135,7 +135,10 @@ class Connection:
         )
 
     def run(self, callers: int, seconds: float) -> list[float]:
-        """Keep `callers` calls in progress for this time; return the seconds that each took."""
+        """Keep `callers` calls in progress for this time; return the seconds that each took.
+
+        Ends earlier if no request is left.
+        """
         took: list[float] = []
         end = time.perf_counter() + seconds
         self._socket.sendall(b"".join(self._call() for _ in range(callers)))
@@ -154,10 +157,14 @@ class Connection:
         return took
 
     def _call(self) -> bytes:
+        """Return the frames of the next call; nothing if no request is left."""
+        message = next(self._messages, None)
+        if message is None:
+            return b""
         stream = next(self._streams)
         self._begun[stream] = time.perf_counter()
         headers = frame(Frame.HEADERS, END_HEADERS, stream, self._headers)
-        return headers + frame(Frame.DATA, END_STREAM, stream, next(self._messages))
+        return headers + frame(Frame.DATA, END_STREAM, stream, message)
 
     def _receive(self) -> Iterator[int | bytes]:
         """Read once; yield streams that have ended, and frames that are to be sent back."""
@@ -198,15 +205,18 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def generate(target: Target, payloads: Path, *, callers: int, seconds: float, pid: int) -> Load:
+def generate(
+    target: Target, payloads: Path, *, callers: int, seconds: float, pid: int, once: bool = False
+) -> Load:
     """Measure in a separate process. `pid` is the pid of the server."""
-    secured = [] if target.ca is None else ["--ca", str(target.ca)]
-    secured += ["--token", target.token] if target.token else []
+    options = [] if target.ca is None else ["--ca", str(target.ca)]
+    options += ["--token", target.token] if target.token else []
+    options += ["--once"] if once else []
     answer = subprocess.run(
         [
             sys.executable, __file__, "--address", target.address, "--method", target.method,
             "--payloads", payloads, "--callers", str(callers), "--seconds", str(seconds),
-            "--pid", str(pid), *secured,
+            "--pid", str(pid), *options,
         ],
         check=True,
         stdout=subprocess.PIPE,
@@ -227,11 +237,12 @@ def main() -> None:
     parser.add_argument("--pid", type=int, required=True, help="of the server")
     parser.add_argument("--ca", type=Path)
     parser.add_argument("--token", default="")
+    parser.add_argument("--once", action="store_true")
     args = parser.parse_args()
     payloads = [bytes.fromhex(line) for line in args.payloads.read_text().splitlines()]
     target = Target(address=args.address, method=args.method, ca=args.ca, token=args.token)
-    connection = Connection(target, payloads)
-    connection.run(args.callers, WARM_UP_S)
+    connection = Connection(target, payloads, once=args.once)
+    connection.run(args.callers, 0.0 if args.once else WARM_UP_S)
     used_s, begun = cpu_s(args.pid), time.perf_counter()
     took = connection.run(args.callers, args.seconds)
     elapsed_s, used_s = time.perf_counter() - begun, cpu_s(args.pid) - used_s

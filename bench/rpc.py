@@ -8,8 +8,12 @@ get      GetRun by random ids from a store of `--rows` runs, all of which a rest
 page     A page of 50 of ListRecovered, at the start and at the far end. Floor: the start.
 secure   GetRun with TLS, a token and metrics. Floor: the same service without, on a copy of the
          store.
-create   CreateRun, each durable when it is answered. Floor: a process that inserts one row of
-         that size at a time into SQLite with synchronous=FULL, a commit each.
+create   CreateRun, each durable when it is answered.
+reply    SubmitReply to runs that wait, each once.
+cancel   CancelRun of runs that wait, each once.
+         Floor of these three: a grpc.aio server on uvloop that changes the same rows of a copy of
+         the store by plain SQL with synchronous=FULL, a commit for each call, and gives the same
+         bytes to every call.
 
 Floor and ours are measured in turns, by the generator in load.py.
 """
@@ -17,21 +21,23 @@ Floor and ours are measured in turns, by the generator in load.py.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import grpc
+from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Value
 from rich.console import Console
 from rich.table import Table
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
@@ -52,6 +58,8 @@ IDS: Final = 5000
 INPUT_BYTES: Final = 100
 """The size of a run's input, with which a Run has about 500 bytes on the wire."""
 GET: Final = "/runrecovery.v1.RunService/GetRun"
+FILE: Final = "runrecovery.db"
+YES: Final = Value(string_value="yes")
 CREATE: Final = "/runrecovery.v1.RunService/CreateRun"
 PAGE: Final = "/runrecovery.v1.RecoveryService/ListRecovered"
 
@@ -77,21 +85,76 @@ async def main():
 uvloop.run(main())
 """
 
-SINGLE_COMMITS: Final = """
-import json, sqlite3, statistics, sys, time
+COMMITTING: Final = """
+import asyncio, itertools, json, sqlite3, sys
+import grpc, uvloop
 
-db = sqlite3.connect(sys.argv[1], isolation_level=None)
+method, answer, path, statements = sys.argv[1], bytes.fromhex(sys.argv[2]), *sys.argv[3:]
+statements = json.loads(statements)
+db = sqlite3.connect(path, isolation_level=None)
 db.execute("PRAGMA journal_mode = wal")
 db.execute("PRAGMA synchronous = FULL")
-db.execute("CREATE TABLE IF NOT EXISTS row (id INTEGER PRIMARY KEY, text TEXT)")
-text, took = "x" * int(sys.argv[3]), []
-begun = now = time.perf_counter()
-while now < begun + float(sys.argv[2]):
-    db.execute("INSERT INTO row (text) VALUES (?)", (text,))
-    took.append(-now + (now := time.perf_counter()))
-print(json.dumps([len(took) / (now - begun), 1e3 * statistics.median(took)]))
-"""
+numbers = itertools.cycle(row[0] for row in db.execute(statements.pop(0)).fetchall())
+turns = itertools.count()
 
+async def change(request, context):
+    at = {"run": next(numbers), "turn": next(turns)}
+    db.execute("BEGIN IMMEDIATE")
+    for statement in statements:
+        db.execute(statement, at)
+    db.execute("COMMIT")
+    return answer
+
+class Handlers(grpc.GenericRpcHandler):
+    def service(self, details):
+        return grpc.unary_unary_rpc_method_handler(change) if details.method == method else None
+
+async def main():
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    server.add_generic_rpc_handlers((Handlers(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+uvloop.run(main())
+"""
+"""A server that commits for each call. Its first statement selects the rows that it changes."""
+
+WAITING: Final = (
+    "SELECT r.id, r.run_id, r.interaction_count FROM run r"
+    " JOIN interaction i ON i.run = r.id AND i.no = r.interaction_count AND i.state = 'OPEN'"
+    " WHERE r.status = 'WAITING_USER' AND r.recovery_state <> 'QUARANTINED' ORDER BY r.id"
+)
+EVENT: Final = (
+    "INSERT INTO run_event (run, no, kind, status, attempt, interaction, happened_at)"
+    " SELECT id, 1000 + :turn, 'ANSWERED', status, attempt, 1, :turn FROM run WHERE id = :run"
+)
+REPLIED: Final = (
+    f"SELECT id FROM ({WAITING})",
+    (
+        "UPDATE run SET status = 'QUEUED', wait_due_us = NULL, queued_at = :turn, resume_count = 0,"
+        " auto_decided_count = 0, event_count = event_count + 1, updated_at = :turn,"
+        " version = version + 1 WHERE id = :run"
+    ),
+    EVENT,
+    (
+        "UPDATE interaction SET state = 'ANSWERED', response = '1', replied_at = :turn"
+        " WHERE run = :run"
+    ),
+)
+CANCELED: Final = (
+    f"SELECT id FROM ({WAITING})",
+    (
+        "UPDATE run SET status = 'CANCELED', wait_due_us = NULL, ended_at = :turn,"
+        " session_type = NULL, session_value = NULL, cancel_requested_at = :turn,"
+        " event_count = event_count + 1, updated_at = :turn, version = version + 1 WHERE id = :run"
+    ),
+    EVENT,
+    "UPDATE interaction SET state = 'CLOSED' WHERE run = :run",
+)
+
+PARTS: Final = ("get", "secure", "page", "create", "reply", "cancel")
 Measure = Callable[[], Load]
 
 
@@ -108,6 +171,14 @@ class Comparison:
         """Calls per second as a share of the floor's: the median of the rounds' ratios."""
         return statistics.median(
             ours.calls_per_s / base.calls_per_s
+            for ours, base in zip(self.ours, self.floor, strict=True)
+        )
+
+    @property
+    def cpu(self) -> float:
+        """The processor time of the server for each call as a multiple of the floor's, likewise."""
+        return statistics.median(
+            ours.server_cpu_us / base.server_cpu_us
             for ours, base in zip(self.ours, self.floor, strict=True)
         )
 
@@ -138,9 +209,30 @@ def seed(data_dir: Path, rows: int) -> list[str]:
     seeding = Seeding(runs=rows, mix=DEFAULT_MIX, input_bytes=INPUT_BYTES)
     fill(db, owner, seeding, now=datetime.now(UTC))
     db.close()
-    with closing(sqlite3.connect(data_dir / "runrecovery.db")) as connection:
+    with closing(sqlite3.connect(data_dir / FILE)) as connection:
         ids = [row[0] for row in connection.execute("SELECT run_id FROM run")]
     return random.Random(1).sample(ids, min(IDS, rows))  # noqa: S311 - the same in every run
+
+
+def waiting(file: Path) -> list[tuple[int, str, int]]:
+    """Return key, id and question of the runs that wait."""
+    with closing(sqlite3.connect(file)) as connection:
+        return connection.execute(WAITING).fetchall()
+
+
+def created(file: Path, run_id: str) -> tuple[str, ...]:
+    """Return statements that insert this run again and again, each time with another id."""
+    with closing(sqlite3.connect(file)) as connection:
+        (key,) = connection.execute("SELECT id FROM run WHERE run_id = ?", (run_id,)).fetchone()
+        names = [column[1] for column in connection.execute("PRAGMA table_info(run)")]
+    same = ", ".join(name for name in names if name not in {"id", "run_id"})
+    return (
+        f"SELECT {key}",
+        (
+            f"INSERT INTO run (run_id, {same})"
+            f" SELECT printf('floor-%030d', :turn), {same} FROM run WHERE id = :run"
+        ),
+    )
 
 
 def far_page(channel: grpc.Channel, rows: int) -> str:
@@ -167,11 +259,13 @@ class Bench:
         file.write_text("\n".join(payload.hex() for payload in payloads))
         return file
 
-    def load(self, server: Server, method: str, payloads: Path, callers: int) -> Measure:
+    def load(
+        self, server: Server, method: str, payloads: Path, callers: int, *, once: bool = False
+    ) -> Measure:
         """Return a measurement of a server."""
         target = Target(address=server.address, method=method, ca=server.ca, token=server.token)
         return lambda: generate(
-            target, payloads, callers=callers, seconds=self.seconds, pid=server.pid
+            target, payloads, callers=callers, seconds=self.seconds, pid=server.pid, once=once
         )
 
     # -- the comparisons -----------------------------------------------------------------------
@@ -226,27 +320,84 @@ class Bench:
             rounds=self.rounds, floor=first, ours=far,
         )  # fmt: skip
 
-    def create(self, ours: Server) -> list[Comparison]:
-        """CreateRun beside single commits."""
+    def create(self, ours: Server, store: Path) -> list[Comparison]:
+        """CreateRun beside a commit of a run for each call."""
         request = pb.CreateRunRequest(engine="demo")
         request.input.update({"prompt": "x" * INPUT_BYTES})
         payloads = self.payloads("create", [request.SerializeToString()])
-        return [
-            compare(
-                f"CreateRun, {callers} callers",
-                rounds=self.rounds,
-                floor=self._single_commits,
-                ours=self.load(ours, CREATE, payloads, callers),
-            )
-            for callers in CALLERS
-        ]
+        with grpc.insecure_channel(ours.address) as channel:
+            answer = pb_grpc.RunServiceStub(channel).CreateRun(request)
+        statements = created(store / FILE, answer.run.run_id)
+        with self._committing(
+            "create", CREATE, answer.SerializeToString(), store, statements
+        ) as base:
+            return [
+                compare(
+                    f"CreateRun, {callers} callers",
+                    rounds=self.rounds,
+                    floor=self.load(base, CREATE, payloads, callers),
+                    ours=self.load(ours, CREATE, payloads, callers),
+                )
+                for callers in CALLERS
+            ]
 
-    def _single_commits(self) -> Load:
-        arguments = (str(self.top / "raw.db"), str(self.seconds), str(INPUT_BYTES))
-        command = [sys.executable, "-c", SINGLE_COMMITS, *arguments]
-        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-        rate, p50_ms = (float(text) for text in answer.stdout.strip(b"[]\n").split(b","))
-        return Load(calls_per_s=rate, p50_ms=p50_ms, p99_ms=0.0, server_cpu_us=0.0)
+    def reply(self, ours: Server, store: Path) -> list[Comparison]:
+        """SubmitReply beside a commit of the same rows for each call."""
+        requests = [
+            pb.SubmitReplyRequest(run_id=run_id, interaction_id=number, response=YES)
+            for _, run_id, number in waiting(store / FILE)[::2]
+        ]
+        return self._each_once("SubmitReply", ours, store, requests, REPLIED)
+
+    def cancel(self, ours: Server, store: Path) -> list[Comparison]:
+        """CancelRun beside a commit of the same rows for each call."""
+        requests = [
+            pb.CancelRunRequest(run_id=run_id) for _, run_id, _ in waiting(store / FILE)[1::2]
+        ]
+        return self._each_once("CancelRun", ours, store, requests, CANCELED)
+
+    def _each_once(
+        self,
+        name: str,
+        ours: Server,
+        store: Path,
+        requests: Sequence[Message],
+        statements: Sequence[str],
+    ) -> list[Comparison]:
+        """Compare calls that can be made only once for each run."""
+        method = f"/runrecovery.v1.RunService/{name}"
+        first, *payloads = (request.SerializeToString() for request in requests)
+        with grpc.insecure_channel(ours.address) as channel:
+            call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
+            answer = call(first)
+        size = len(payloads) // (self.rounds * len(CALLERS))
+        parts = iter(
+            self.payloads(f"{name}-{at}", payloads[at : at + size])
+            for at in range(0, size * self.rounds * len(CALLERS), size)
+        )
+        with self._committing(name, method, answer, store, statements) as base:
+            return [
+                compare(
+                    f"{name}, {callers} callers",
+                    rounds=self.rounds,
+                    floor=self.load(base, method, self.payloads(name, payloads), callers),
+                    ours=lambda callers=callers: self.load(  # type: ignore[misc] # its default
+                        ours, method, next(parts), callers, once=True
+                    )(),
+                )
+                for callers in CALLERS
+            ]
+
+    def _committing(
+        self,
+        name: str,
+        method: str,
+        answer: bytes,
+        store: Path,
+        statements: Sequence[str],
+    ) -> AbstractContextManager[Server]:
+        copy = Path(shutil.copytree(store, self.top / f"floor-{name}"))
+        return floor(COMMITTING, method, answer.hex(), str(copy / FILE), json.dumps(statements))
 
 
 # -- the table ---------------------------------------------------------------------------------
@@ -255,11 +406,11 @@ class Bench:
 def show(comparisons: list[Comparison]) -> None:
     """Print the table."""
     table = Table(title="Calls, min / median / max of the rounds")
-    for heading in ("what", "", "calls/s", "p50 ms", "server CPU µs", "rate", "p50"):
+    for heading in ("what", "", "calls/s", "p50 ms", "server CPU µs", "rate", "p50", "CPU"):
         table.add_column(heading, justify="left" if heading in {"what", ""} else "right")
     for one in comparisons:
         table.add_row(one.name, "floor", *_columns(one.floor))
-        ratios = (f"{one.rate:.2f} x", f"{one.latency:.2f} x")
+        ratios = (f"{one.rate:.2f} x", f"{one.latency:.2f} x", f"{one.cpu:.2f} x")
         table.add_row("", "ours", *_columns(one.ours), *ratios, end_section=True)
     Console(width=130).print(table)
 
@@ -269,7 +420,7 @@ def _columns(loads: list[Load]) -> tuple[str, str, str]:
     return (
         _spread([load.calls_per_s for load in loads], "{:,.0f}"),
         _spread([load.p50_ms for load in loads], "{:.2f}"),
-        f"{cpu_us:.0f}" if cpu_us else "",
+        f"{cpu_us:.0f}",
     )
 
 
@@ -286,7 +437,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--only", choices=("get", "secure", "page", "create"))
+    parser.add_argument("--only", choices=PARTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as top:
         bench = Bench(Path(top), args.seconds, args.rounds)
@@ -304,8 +455,11 @@ def main() -> None:
                     comparisons += bench.secure(ours, secured, ids)
             if args.only in {None, "page"}:
                 comparisons.append(bench.page(ours, args.rows))
-            if args.only in {None, "create"}:
-                comparisons += bench.create(ours)
+            for name, writes in (
+                ("create", bench.create), ("reply", bench.reply), ("cancel", bench.cancel),
+            ):  # fmt: skip
+                if args.only in {None, name}:
+                    comparisons += writes(ours, data_dir)
     show(comparisons)
 
 

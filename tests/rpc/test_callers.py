@@ -179,6 +179,35 @@ async def test_a_refused_engine_is_logged_like_other_refused_calls() -> None:
     assert logged[0]["reason"] == "caller 'a' may not create runs of engine 'e'"
 
 
+async def test_calls_that_arrive_together_count_together_even_if_none_of_them_waits() -> None:
+    gate = Gate()
+    gate.open()
+    guard = CallerGuard(CallerTable([credentials("a", max_calls=2), credentials("b")]))
+    wrapper = MethodWrapper(gate, max_calls=100, max_streams=1, stall_s=1, guard=guard)
+    method = Method(
+        name=GET_RUN.full_name,
+        role=Role.VIEWER,
+        access=Access.READ,
+        request=run_service_pb2.GetRunRequest,
+    )
+
+    async def respond(_: Message) -> Message:
+        return run_service_pb2.GetRunResponse()
+
+    handle = wrapper.unary(method, respond)
+
+    async def call(name: str) -> str:
+        try:
+            await handle(b"", cast("Any", FakeContext(token_of(name))))
+        except Aborted as aborted:
+            return str(aborted)
+        return "OK"
+
+    for _ in range(2):  # the places are free again afterwards
+        ended = await asyncio.gather(*(call(name) for name in "aaaabbb"))
+        assert ended == ["OK", "OK", *["RESOURCE_EXHAUSTED"] * 2, "OK", "OK", "OK"]
+
+
 async def test_refused_calls_are_logged_when_their_interval_ends_without_another() -> None:
     pace = RefusalPace(max_waiting=0)
     guard = CallerGuard(CallerTable([credentials("a")]), log_interval_s=0.01, pace=pace)

@@ -63,10 +63,10 @@ class LoopWriter(GroupCommitWriter):
         self._queued: list[_Write] = []
         self._is_due = False
 
-    def submit(self, use: Callable[[Database], R]) -> Future[R]:
+    def submit(self, use: Callable[[Database], R], *, in_transaction: bool = False) -> Future[R]:
         """Queue a write."""
         future: Future[R] = Future()
-        self._queued.append(_Write(use, future))
+        self._queued.append(_Write(use, future, in_transaction=in_transaction))
         if self._world.loop.is_blocked:
             self._flush()
         elif not self._is_due:

@@ -85,6 +85,29 @@ async def test_changes_that_were_rolled_back_are_not_announced_with_the_next_wri
     assert (run.is_set(), other.is_set()) == (False, True)
 
 
+async def test_only_a_use_case_without_a_transaction_of_its_own_gets_one_around_it(
+    store: ServiceStore, storage: Storage
+) -> None:
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
+        pytest.skip("PostgreSQL commits each write by itself")
+    run, statements = store.create(), list[str]()
+    await storage.write(
+        lambda db: db.peewee.connection().set_trace_callback(
+            lambda text: statements.append(text.split()[0])
+        )
+    )
+    statements.clear()
+    await storage.write(
+        runs.cancel, run.run_id, owner=store.owner, etag=None, receipt=None, now=store.tick()
+    )
+    changes, end = ["UPDATE", "INSERT", "UPDATE"], ["UPDATE", "COMMIT"]  # `commit_count`
+    assert statements == ["BEGIN", "SELECT", *changes, "SELECT", *end]
+
+    statements.clear()
+    await storage.write(add("plain"))
+    assert statements == ["BEGIN", "INSERT", *end]
+
+
 async def test_a_hundred_callers_at_once_all_get_their_result(
     store: ServiceStore, storage: Storage
 ) -> None:

@@ -6,16 +6,18 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 
 import peewee as pw
 import pytest
 from runrecovery_service.domain.errors import (
     RunNotFound,
 )
-from runrecovery_service.storage import group_commit
+from runrecovery_service.storage import group_commit, instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.group_commit import WRITES_PER_COMMIT, GroupCommitWriter
 from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.use_case import retried
 from storage.service_store import ServiceStore
 
 
@@ -78,7 +80,9 @@ def traces(db: Database) -> list[str]:
     return [row[0] for row in db.fetch_all("SELECT request_id FROM request_receipt ORDER BY 1")]
 
 
-def submit_together(db: Database, uses: list[Callable[[Database], str]]) -> list[Future[str]]:
+def submit_together(
+    db: Database, uses: list[Callable[[Database], str]], *, in_transaction: bool = False
+) -> list[Future[str]]:
     """Queue writes while the writer is blocked, so that they form one batch."""
     writer, release, begun = GroupCommitWriter(db), threading.Event(), threading.Event()
 
@@ -88,7 +92,7 @@ def submit_together(db: Database, uses: list[Callable[[Database], str]]) -> list
 
     writer.submit(wait)
     begun.wait()
-    futures = [writer.submit(use) for use in uses]
+    futures = [writer.submit(use, in_transaction=in_transaction) for use in uses]
     release.set()
     writer.close()
     return futures
@@ -117,6 +121,37 @@ def test_a_refused_write_fails_alone_within_the_shared_commit(counting: Counting
     assert isinstance(bad.exception(), RunNotFound)
     assert traces(counting) == ["a", "c"]
     assert counting.commits == 2
+
+
+def test_a_refused_write_with_its_own_transaction_fails_alone_within_the_shared_commit(
+    counting: CountingDatabase,
+) -> None:
+    uses = [retried(add("a")), retried(refused("b")), retried(add("c"))]
+
+    good, bad, last = submit_together(counting, uses, in_transaction=True)
+
+    assert (good.result(), last.result()) == ("a", "c")
+    assert isinstance(bad.exception(), RunNotFound)
+    assert traces(counting) == ["a", "c"]
+    assert counting.commits == 2
+
+
+def test_runs_whose_creations_share_a_commit_need_three_statements_each(
+    counting: CountingDatabase, store: ServiceStore
+) -> None:
+    counting.guard(partial(instances.demand_current, owner=store.owner))
+    store.db = counting
+    store.create()  # counts the queue
+    statements: list[str] = []
+
+    def create(db: Database) -> str:
+        db.peewee.connection().set_trace_callback(statements.append)
+        return store.create(labels={}).run_id
+
+    submit_together(counting, [create, create], in_transaction=True)
+
+    each = ["SAVEPOINT", "INSERT", "RELEASE"]
+    assert [text.split()[0] for text in statements] == [*each, *each, "COMMIT"]
 
 
 def test_a_write_with_a_defect_fails_alone(counting: CountingDatabase) -> None:

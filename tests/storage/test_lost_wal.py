@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from runrecovery_service.domain.start_errors import DatabaseRefused
+from runrecovery_service.storage import wal_index
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.migrate import migrate
@@ -208,3 +209,14 @@ def test_a_store_that_was_just_migrated_counts_commits(tmp_path: Path) -> None:
     with closing(open_database("", tmp_path)) as db:
         assert migrate(db) == []
         assert db.fetch_all("SELECT id, commits FROM commit_count") == [(1, 0)]
+
+
+def test_two_readings_of_a_wal_index_differ_unless_only_marks_of_readers_changed() -> None:
+    raw = bytes(wal_index.SIZE)
+    changed = [
+        at
+        for at in range(wal_index.SIZE)
+        if not wal_index.is_same(raw, raw[:at] + b"x" + raw[at + 1 :])
+    ]
+
+    assert changed == [*range(100), *range(128, 132)]

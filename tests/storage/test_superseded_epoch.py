@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -47,3 +48,20 @@ def test_no_write_of_a_superseded_epoch_changes_the_store(prepared: Prepared, wh
         WRITES[what](prepared)
 
     assert before == content(store)
+
+
+def test_a_check_of_the_epoch_counts_until_its_transaction_ends_or_undoes_a_step(
+    store: ServiceStore,
+) -> None:
+    db, owner = store.db, store.owner
+    with db.transaction():
+        assert not db.is_known_current(owner)
+        instances.demand_checked(db, owner)
+        assert db.is_known_current(owner)
+        assert not db.is_known_current(replace(owner, epoch=owner.epoch + 1))
+        with pytest.raises(ZeroDivisionError), db.transaction():
+            raise ZeroDivisionError
+        assert not db.is_known_current(owner)
+        instances.demand_checked(db, owner)
+    with db.transaction():
+        assert not db.is_known_current(owner)

@@ -106,6 +106,10 @@ class MethodWrapper:
                 self._open_unary += weight
                 try:
                     self._check_call_limit(weight)
+                    if caller.max_calls is not None:
+                        # A call that waits for nothing would end before the next one begins, and
+                        # calls that arrived together would never count as in progress together.
+                        await asyncio.sleep(0)
                     if gate.state is not serving:
                         gate.check_access(access)
                     response = await respond(parse(payload))

@@ -38,7 +38,7 @@ from runrecovery_service.storage.reserved_connection import ReservedConnection
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.storage_threads import StorageThreads
 from runrecovery_service.storage.store_timer import StoreTimer
-from runrecovery_service.storage.use_case import UseCase, run_use_case
+from runrecovery_service.storage.use_case import UseCase, is_retried, run_use_case
 
 if TYPE_CHECKING:
     from runrecovery_service.storage.peer_notices import PeerNotices
@@ -186,7 +186,10 @@ class Storage:
             db.take_changed_runs()  # forget the runs of a use case that was rolled back
             return use(db, *args, **kwargs), db.take_changed_runs()
 
-        writing = (self._submit if self._writer is None else self._writer.submit)(noted)
+        if self._writer is None:
+            writing = self._submit(noted)
+        else:
+            writing = self._writer.submit(noted, in_transaction=is_retried(use))
         try:
             with self._timed("write"):
                 result, touched = await asyncio.wrap_future(writing)

@@ -51,6 +51,12 @@ class _RolledBack(threading.local):
     rows = 0
 
 
+class _CheckedOwner(threading.local):
+    """The owner that the thread's transaction has found to be current."""
+
+    owner: object = None
+
+
 class _ThreadGuard(threading.local):
     """An extra check for transactions of this thread, besides `Database.guard` for all threads."""
 
@@ -83,6 +89,7 @@ class Database:
         self._marks = count()
         self.queue_counts: dict[str, tuple[int, int]] = {}
         self._rolled_back = _RolledBack()
+        self._checked = _CheckedOwner()
         self._guard: Callable[[Database], object] | None = None
         self._note_acknowledged: Callable[[Any], object] | None = None
         self.direct: Database | None = None
@@ -111,6 +118,14 @@ class Database:
             yield
         finally:
             self._thread_guard.check = None
+
+    def note_current(self, owner: object) -> None:
+        """Record that this owner stays current until the thread's transaction ends."""
+        self._checked.owner = owner
+
+    def is_known_current(self, owner: object) -> bool:
+        """Return whether `note_current` was called with this owner in the thread's transaction."""
+        return self._checked.owner == owner
 
     def mark_changed(self, run_key: int) -> None:
         """Record that this thread's transaction changes a run, which the commit will announce."""
@@ -162,6 +177,7 @@ class Database:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         self.demand_files()
+        self._checked.owner = None
         with self.peewee.transaction() as transaction:
             before, rolled_back = self._changes(), self._rolled_back.rows
             checked = None if self._guard is None else self._guard(self)
@@ -231,6 +247,7 @@ class Database:
         except BaseException:
             self.peewee.execute_sql("ROLLBACK TO SAVEPOINT inner_step")
             self._rolled_back.rows += self._changes() - before
+            self._checked.owner = None  # the rollback has released locks
             raise
         finally:
             self.peewee.execute_sql("RELEASE SAVEPOINT inner_step")

@@ -19,7 +19,7 @@ from runrecovery_service.storage.sqlite_header import (
     SQLITE_HEADER_SIZE,
     SQLITE_MAGIC,
 )
-from runrecovery_service.storage.wal_index import Frame, WalIndex
+from runrecovery_service.storage.wal_index import Frame
 
 OVERWRITTEN: Final = "was cut short or overwritten"
 
@@ -72,7 +72,8 @@ class StoreFiles:
 
     def _overwritten(self) -> str | None:
         file, log, _ = self._descriptors
-        before = self._index()
+        raw = self._read_index()
+        before = wal_index.parse(raw)
         header, size = os.pread(file, SQLITE_HEADER_SIZE, 0), os.fstat(file).st_size
         if not header.startswith(SQLITE_MAGIC) or header[68:72] != APPLICATION_ID_BYTES:
             return f"{self._names[0]} {OVERWRITTEN}"
@@ -83,7 +84,9 @@ class StoreFiles:
             is_whole = _has_frame(log, last)
             if is_whole and earlier and earlier.salt == last.salt:
                 is_whole = earlier.number > last.number or _has_frame(log, earlier)
-        if self._index() != before:  # SQLite is writing: the next check decides
+        if not wal_index.is_same(
+            self._read_index(), raw
+        ):  # SQLite is writing: the next check decides
             return None
         if not is_whole:
             return f"{self._names[1]} {OVERWRITTEN}"
@@ -95,8 +98,8 @@ class StoreFiles:
             self._file = (state, header, size)
         return None
 
-    def _index(self) -> WalIndex | None:
-        return wal_index.parse(os.pread(self._descriptors[2], wal_index.SIZE, 0))
+    def _read_index(self) -> bytes:
+        return os.pread(self._descriptors[2], wal_index.SIZE, 0)
 
 
 def _has_frame(log: int, frame: Frame) -> bool:

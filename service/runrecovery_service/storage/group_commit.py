@@ -41,10 +41,15 @@ class GroupCommitWriter:
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._thread = start_thread(self._work, "storage-writer")
 
-    def submit(self, use: Callable[[Database], R]) -> Future[R]:
-        """Queue a write; the future resolves after its commit."""
+    def submit(self, use: Callable[[Database], R], *, in_transaction: bool = False) -> Future[R]:
+        """Queue a write; the future resolves after its commit.
+
+        Args:
+            in_transaction: the write runs in a transaction of its own (`use_case.retried`), so that
+                it needs no second one around it.
+        """
         future: Future[R] = Future()
-        self._waiting.put(_Write(use, future))
+        self._waiting.put(_Write(use, future, in_transaction=in_transaction))
         return future
 
     def close(self, within_s: float | None = None) -> None:
@@ -110,8 +115,11 @@ SHARED_COMMIT_ERRORS: Final[tuple[type[Exception], ...]] = (*DRIVER_ERRORS, _May
 class _Write:
     """A queued write and its result."""
 
-    def __init__(self, use: Callable[[Database], R], future: Future[R]) -> None:
-        self.use: Callable[[Database], object] = use
+    def __init__(
+        self, use: Callable[[Database], R], future: Future[R], *, in_transaction: bool
+    ) -> None:
+        self._use = use
+        self._run: Callable[[Database], object] = use if in_transaction else self._in_transaction
         self.future: Future[object] = future  # type: ignore[assignment] # R is only between caller and future
         self._result: object = None
         self._error: RunRecoveryError | None = None
@@ -120,8 +128,7 @@ class _Write:
         """Run the write inside a shared transaction. A domain error is a result, not a failure."""
         self._error = None
         try:
-            with db.transaction():
-                self._result = self.use(db)
+            self._result = self._run(db)
         except RunRecoveryError as error:
             self._error = error
         except Exception as error:
@@ -142,7 +149,7 @@ class _Write:
     def perform(self, db: Database) -> None:
         """Run the write in its own transaction, and pass the result to the caller."""
         try:
-            result = run_use_case(db, self._in_transaction)
+            result = run_use_case(db, self._run)
         except BaseException as error:  # noqa: BLE001 - the caller gets every error
             self.future.set_exception(error)
         else:
@@ -150,4 +157,4 @@ class _Write:
 
     def _in_transaction(self, db: Database) -> object:
         with db.transaction():
-            return self.use(db)
+            return self._use(db)

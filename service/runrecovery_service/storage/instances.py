@@ -262,7 +262,17 @@ def demand_current(db: Database, owner: Owner) -> LogPosition | None:
     )
     if current is None:
         raise _fence(db, owner)
+    db.note_current(owner)
     return position_of(current)
+
+
+def demand_checked(db: Database, owner: Owner) -> None:
+    """Check the owner as `demand_current` does, unless this transaction has already checked it.
+
+    The check at the beginning of a transaction (`Database.guard`) is usually of the same owner.
+    """
+    if not db.is_known_current(owner):
+        demand_current(db, owner)
 
 
 def _fence(db: Database, owner: Owner) -> Fenced:

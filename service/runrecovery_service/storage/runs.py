@@ -234,7 +234,7 @@ def create(
     earlier = requests.find_effect(db, receipt)
     if earlier is not None:
         return get_by_key(db, earlier)
-    instances.demand_current(db, owner)
+    instances.demand_checked(db, owner)
     demand_room(db, owner, max_queued)
     row = _INSERT.run(
         db,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -53,7 +53,7 @@ def install_marker(path: Path) -> Path:
 
 
 class _Sqlite(pw.SqliteDatabase):
-    """Runs a check before each new connection.
+    """Runs a check before each new connection, and executes SQL without peewee's detours.
 
     If the write-ahead log was removed, a new connection would create an empty one.
     """
@@ -65,6 +65,19 @@ class _Sqlite(pw.SqliteDatabase):
             self.before_connecting()
         connection: sqlite3.Connection = super()._connect()  # type: ignore[misc] # not in its stub
         return connection
+
+    def execute_sql(self, sql: str, params: Sequence[object] | None = None) -> sqlite3.Cursor:
+        """Execute SQL on the thread's connection, and convert errors as peewee does.
+
+        Every statement of the service comes here. Through peewee's own method, a statement takes
+        twice as long.
+        """
+        try:
+            connection: sqlite3.Connection = self.connection()  # type: ignore[no-untyped-call] # its stub
+            return connection.execute(sql, params or ())
+        except sqlite3.Error:
+            with pw.__exception_wrapper__:  # type: ignore[attr-defined] # not in its stub
+                raise
 
 
 def connect_sqlite(path: Path) -> Database:

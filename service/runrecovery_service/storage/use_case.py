@@ -42,6 +42,8 @@ takes 5.5 bytes on the wire. A page then stays below 4 MiB, the default limit of
 
 log = structlog.get_logger()
 
+_RETRIED: Final[set[object]] = set()
+
 
 def retried(use: UseCase[P, R]) -> UseCase[P, R]:
     """Run a use case in one transaction, and repeat it if its rows have changed meanwhile.
@@ -60,7 +62,13 @@ def retried(use: UseCase[P, R]) -> UseCase[P, R]:
                 continue
         raise StorageBusy
 
+    _RETRIED.add(run)
     return run
+
+
+def is_retried(use: Callable[..., object]) -> bool:
+    """Return whether a use case runs in a transaction of its own, by `retried`."""
+    return use in _RETRIED
 
 
 def retry_conflicts(use: Callable[[], R]) -> R:

@@ -21,6 +21,8 @@ LOG_HEADER_SIZE: Final = 32
 FRAME_HEADER_SIZE: Final = 24
 _HEADER: Final = struct.Struct("=IIIBBHIIII8s8s")
 _CHECKPOINT: Final = struct.Struct("=I28xI")
+_READ_MARKS: Final = 100
+_READ_MARKS_END: Final = 128
 _VERSION: Final = 3_007_000
 
 
@@ -89,3 +91,11 @@ def parse(raw: bytes) -> WalIndex | None:
     copied, copying = _CHECKPOINT.unpack(raw[96:SIZE])
     last = Frame(frames, salt, struct.pack(">II", sum1, sum2), page_size)
     return WalIndex(change, last, copied, copying)
+
+
+def is_same(raw: bytes, other: bytes) -> bool:
+    """Return whether two readings have the same content. The marks of readers do not count."""
+    return (
+        raw[:_READ_MARKS] == other[:_READ_MARKS]
+        and raw[_READ_MARKS_END:] == other[_READ_MARKS_END:]
+    )
