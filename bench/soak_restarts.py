@@ -3,8 +3,8 @@
     python bench/soak_restarts.py --minutes 30 --svg docs/images/soak.svg
 
 The load is that of the campaign of kills (`tests/campaign/kill_load.py`). First it runs at full
-speed for a while. Then each client pauses after each call for as long as a call took. The restarts
-are `kill -9` and SIGTERM in turns. Retention removes runs a minute after their end, except that a
+speed for a while, then at half of the rate that was reached, or at a given rate. The restarts are
+`kill -9` and SIGTERM in turns. Retention removes runs a minute after their end, except that a
 run is kept for two minutes after its last process.
 
 Every 10 s: memory and descriptors of the service, sizes of the database and of its write-ahead log,
@@ -81,30 +81,28 @@ def measure(home: KillHome, service: ServiceProcess, begun_s: float) -> Sample:
     )
 
 
-def pause_at_half_load(home: KillHome) -> float:
-    """Return how long a call of a client takes at full load."""
-    load = Load(home, 0, "--think-s", "0", "--clients", str(CLIENTS))
+def rate_of_half_load(home: KillHome) -> float:
+    """Return half of the calls per second that are answered at full load."""
+    load = Load(home, 0, "--period-s", "0", "--clients", str(CLIENTS))
     time.sleep(FULL_LOAD_S)
-    counts = load.read().counts
+    rate = load.read().answers / FULL_LOAD_S
     load.close()
-    calls = sum(count for name, count in counts.items() if name.endswith("acknowledged"))
-    click.echo(f"full load: {calls / FULL_LOAD_S:.0f} calls per second of {CLIENTS} clients")
-    return CLIENTS * FULL_LOAD_S / calls
+    click.echo(f"full load: {rate:.0f} calls per second of {CLIENTS} clients")
+    return rate / 2
 
 
-def soak(home: KillHome, minutes: float) -> Iterator[tuple[Sample, str]]:
+def soak(home: KillHome, minutes: float, rate: float) -> Iterator[tuple[Sample, str]]:
     """Yield samples, each with the signal that has ended the service just before it, or ''."""
     service, _ = home.start()
-    pause_s = pause_at_half_load(home)
-    load = Load(home, 1, "--think-s", str(pause_s), "--clients", str(CLIENTS))
+    period_s = CLIENTS / (rate or rate_of_half_load(home))
+    load = Load(home, 1, "--period-s", str(period_s), "--clients", str(CLIENTS))
     try:
         yield from _restart_under_load(home, service, minutes)
         journal = load.read()
     finally:
         load.close()
-    calls = sum(count for name, count in journal.counts.items() if name.endswith("acknowledged"))
     click.echo(
-        f"{calls} calls ({calls / (60 * minutes):.0f} per second),"
+        f"{journal.answers} calls ({journal.answers / (60 * minutes):.0f} per second),"
         f" {len(journal.runs)} runs, {len(journal.replies)} replies"
     )
     if journal.violations:
@@ -131,9 +129,10 @@ def _restart_under_load(
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
 @click.option("--minutes", type=click.FloatRange(2), default=30.0, show_default=True)
+@click.option("--rate", type=float, default=0.0, help="Calls per second; default: half load.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw the sizes there.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the samples as JSON there.")
-def main(*, minutes: float, svg: Path | None, out: Path | None) -> None:
+def main(*, minutes: float, rate: float, svg: Path | None, out: Path | None) -> None:
     """Run the soak."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and clear away
     click.echo(" ".join(f"{name:>12}" for name in Sample.__slots__))
@@ -144,7 +143,7 @@ def main(*, minutes: float, svg: Path | None, out: Path | None) -> None:
         home.write_config(retention=RETENTION)
         home.may_fork = False  # a forked service shares memory with the forker
         with home:
-            for sample, sent in soak(home, minutes):
+            for sample, sent in soak(home, minutes, rate):
                 samples.append(sample)
                 click.echo(
                     " ".join(f"{value:>12}" for value in asdict(sample).values()) + f" {sent}"

@@ -39,13 +39,13 @@ WATCH_S: Final = 5.0
 LIVE_MOST: Final = 20
 """With so many live runs no run is created, so that most runs end, and a store stays small."""
 FINISH_S: Final = 60.0
+# More than a third of them ask quickly, so that many wait at each kill.
 INPUTS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("resumable", {}),
     ("resumable", {"work_s": 0.3}),
     ("resumable", {"work_s": 0.1, "children": 2}),
     ("resumable", {"work_s": 0.4, "ignore_sigterm": True}),
-    ("resumable", {"questions": [QUESTION]}),
-    ("resumable", {"questions": [QUESTION]}),
+    *[("resumable", {"questions": [QUESTION]})] * 4,
     ("resumable", {"questions": [QUESTION, QUESTION], "work_s": 0.05}),
     ("sticky", {"questions": [QUESTION]}),
 )
@@ -58,9 +58,16 @@ class KillClient(Client):
     weights = (5, 8, 1, 4, 0)  # watches have threads of their own
     retry_s = RETRY_S
 
-    def __init__(self, number: int, seed: int, journal: Journal, api: Api, think_s: float) -> None:
+    def __init__(self, number: int, seed: int, journal: Journal, api: Api, period_s: float) -> None:
         super().__init__(number, seed, journal, lambda: [api], tries=TRIES)
-        self.think_s = think_s
+        self._period_s = period_s
+        self._next_s = time.monotonic()
+
+    def pause_s(self) -> float:
+        """Return the seconds until the next call; 0 if it should have been made by now."""
+        now_s = time.monotonic()
+        self._next_s = max(self._next_s + self._period_s, now_s - self._period_s)
+        return max(0.0, self._next_s - now_s)
 
     def create_run(self, engine: str, given: Mapping[str, Any]) -> bool:
         """Create a run, unless many live."""
@@ -140,14 +147,14 @@ class Watcher(threading.Thread):
 @click.option("--seed", type=int, required=True)
 @click.option("--clients", default=3, show_default=True)
 @click.option("--watchers", default=2, show_default=True)
-@click.option("--think-s", default=0.02, show_default=True, help="A client's pause between calls.")
+@click.option("--period-s", default=0.03, show_default=True, help="Between calls of a client.")
 def main(
-    *, address: str, file: Path, seed: int, clients: int, watchers: int, think_s: float
+    *, address: str, file: Path, seed: int, clients: int, watchers: int, period_s: float
 ) -> None:
     """Call one service until standard input has a line, and watch it until that is closed."""
     journal = Journal(file)
     api = Api(address, timeout_s=4.0)
-    calling = [KillClient(number, seed, journal, api, think_s) for number in range(clients)]
+    calling = [KillClient(number, seed, journal, api, period_s) for number in range(clients)]
     watching = [Watcher(number, seed, journal, api) for number in range(watchers)]
     for thread in (*calling, *watching):
         thread.start()

@@ -44,6 +44,7 @@ INPUTS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
 )
 POLICIES: Final = (run_pb2.RESTART_POLICY_REQUEUE, run_pb2.RESTART_POLICY_FAIL)
 ASKING: Final = ("resumable", "sticky")
+ACKNOWLEDGED: Final = "acknowledged"
 UNSYNCED: Final = frozenset({"count", "end", "see"})
 """Entries whose loss would not weaken a judge."""
 
@@ -90,6 +91,11 @@ class Journal:
                 self._file.write(json.dumps([entry, *facts]).encode() + b"\n")
                 if entry not in UNSYNCED:
                     os.fsync(self._file.fileno())
+
+    @property
+    def answers(self) -> int:
+        """The number of acknowledged calls, reads included."""
+        return sum(count for name, count in self.counts.items() if name.endswith(ACKNOWLEDGED))
 
     def repeat(self, line: bytes) -> None:
         """Make the entry of a line of another journal's file."""
@@ -170,12 +176,11 @@ class Client(threading.Thread):
     Attributes:
         inputs: the engines of its runs, and what they get.
         weights: how often it creates, replies, cancels, reads and watches.
-        think_s, retry_s: its pauses between two calls, and before it repeats one.
+        retry_s: the pause before it repeats a call.
     """
 
     inputs: Sequence[tuple[str, Mapping[str, Any]]] = INPUTS
     weights = (5, 8, 1, 4, 2)
-    think_s = THINK_S
     retry_s = RETRY_S
 
     def __init__(
@@ -194,10 +199,14 @@ class Client(threading.Thread):
         self._tries = tries
         self.stop = threading.Event()
 
+    def pause_s(self) -> float:
+        """Return the seconds until the next call."""
+        return THINK_S
+
     def run(self) -> None:
         """Call until `stop` is set."""
         works = (self.create, self.reply, self.cancel, self.read, self.watch)
-        while not self.stop.wait(self.think_s):
+        while not self.stop.wait(self.pause_s()):
             (work,) = self._random.choices(works, weights=self.weights)
             try:
                 work()
@@ -226,7 +235,7 @@ class Client(threading.Thread):
                 self._journal.count(f"{name} repeated")
                 time.sleep(self.retry_s)
             else:
-                self._journal.count(f"{name} acknowledged")
+                self._journal.count(f"{name} {ACKNOWLEDGED}")
                 return answer
         self._journal.count(f"{name} unknown")
         return None

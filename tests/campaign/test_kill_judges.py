@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,22 +164,26 @@ def test_each_kind_of_damage_is_found(
 
 
 @pytest.mark.parametrize(
-    "sql",
+    ("sql", "text"),
     [
-        "DELETE FROM recovery_event WHERE run = 3 AND rule = 'session_handle_lost'",
-        "UPDATE recovery_event SET rule = 'requeued' WHERE rule = 'session_handle_lost'",
-        "UPDATE recovery_event SET run = 1 WHERE rule = 'session_handle_lost'",
-        "UPDATE run SET owner_epoch = 0 WHERE id = 3",
-        "UPDATE reconciliation SET runs_unchanged = 5",
+        ("DELETE FROM recovery_event WHERE run = 3", "has none for StoredRun"),
+        ("UPDATE run SET owner_epoch = 0 WHERE id = 3", "has none for StoredRun"),
+        (
+            "UPDATE recovery_event SET rule = 'requeued' WHERE rule = 'session_handle_lost'",
+            "has lost its session",
+        ),
+        (COPY_DECISION.replace("SELECT run", "SELECT 1"), "about run 1, which had ended"),
+        ("UPDATE reconciliation SET runs_unchanged = 5", "live runs"),
     ],
 )
 def test_a_recovery_that_did_not_decide_once_about_each_live_run_is_found(
-    played: Played, tmp_path: Path, sql: str
+    played: Played, tmp_path: Path, sql: str, text: str
 ) -> None:
     with played.changed(tmp_path, sql) as rows:
         found = [*wrong_decisions(played.before, latest(rows), played.lost, rows)]
 
     assert {violation.kind for violation in found} == {"decisions"}
+    assert any(text in violation.text for violation in found)
 
 
 @pytest.mark.parametrize(
@@ -202,20 +206,31 @@ def test_a_start_that_no_launch_record_allows_is_found(
     assert {violation.kind for violation in found} == {"launches"}
 
 
-@pytest.mark.parametrize("change", [lambda seen: [*seen, seen[-1]], lambda seen: seen[:-1]])
-def test_a_watch_that_repeats_or_misses_an_event_is_found(
-    played: Played,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[list[tuple[int, str]]], list[tuple[int, str]]],
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_watch_that_repeats_an_event_is_found(
+    played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, ended: bool
 ) -> None:
     (run_id,) = played.journal.watched
-    monkeypatch.setitem(played.journal.seen, run_id, change(played.journal.seen[run_id]))
+    seen = played.journal.seen[run_id]
+    monkeypatch.setitem(played.journal.seen, run_id, [*seen[:2], *seen[1:]])
+    monkeypatch.setattr(played.journal, "watched", {run_id} if ended else set())
 
     with played.changed(tmp_path) as rows:
         found = [*violations_now(played.journal, rows, played.home.notes)]
 
-    assert {violation.kind for violation in found} == {"events"}
+    assert [violation.kind for violation in found] == ["events"]
+
+
+def test_a_watch_that_ends_before_the_last_event_is_found(
+    played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_id,) = played.journal.watched
+    monkeypatch.setitem(played.journal.seen, run_id, played.journal.seen[run_id][:-1])
+
+    with played.changed(tmp_path) as rows:
+        found = [*violations_now(played.journal, rows, played.home.notes)]
+
+    assert [violation.kind for violation in found] == ["events"]
 
 
 def test_runs_that_have_not_ended_and_cancels_without_effect_are_found_in_the_end(
