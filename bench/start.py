@@ -6,11 +6,12 @@ imports  A Python process that has imported what the service is built from.
 server   The same imports, and a grpc.aio server on uvloop that answers health checks at once.
 ours     `runrecovery serve` with a new data directory: the database is created, recovery runs.
 
-The last two count until a health check says SERVING. All take turns. The first table is an
-installation for SQLite: psycopg, which peewee imports wherever it finds it, is hidden from all
-three. The second, where psycopg is installed, is with it. rich, which structlog takes along and
-the service does without, is hidden from the floors. All run from compiled modules, as pip leaves
-an installation.
+The last two count until a health check says SERVING. All take turns. Beside the time, each way has
+the processor time of its process until then, which hardly depends on other work of the machine.
+The first table is an installation for SQLite: psycopg, which peewee imports wherever it finds it,
+is hidden from all three. The second, where psycopg is installed, is with it. rich, which structlog
+takes along and the service does without, is hidden from the floors. All run from compiled modules,
+as pip leaves an installation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -47,6 +49,8 @@ import google.rpc.error_details_pb2, google.rpc.status_pb2
 import runrecovery.v1.run_service_pb2, runrecovery.v1.recovery_service_pb2
 """
 
+IMPORTED: Final = "import time; print('imported', flush=True); time.sleep(60)"
+
 HEALTH_SERVER: Final = (
     IMPORTS
     + """
@@ -69,26 +73,40 @@ uvloop.run(main())
 )
 
 
-def imports(hidden: Sequence[str]) -> float:
-    """Return the seconds that the imports take."""
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What one start took, in seconds: in all, and of the processor."""
+
+    wall: float
+    cpu: float
+
+
+def imports(hidden: Sequence[str]) -> Start:
+    """Measure the imports."""
     begun = time.perf_counter()
-    with floor(IMPORTS + "print('imported', flush=True)", "rich", *hidden):
-        return time.perf_counter() - begun
+    with floor(IMPORTS + IMPORTED, "rich", *hidden) as server:
+        return Start(time.perf_counter() - begun, _cpu_s(server.pid))
 
 
-def health_server(hidden: Sequence[str]) -> float:
-    """Return the seconds until a bare server is SERVING."""
+def health_server(hidden: Sequence[str]) -> Start:
+    """Measure a bare server until it is SERVING."""
     begun = time.perf_counter()
     with floor(HEALTH_SERVER, "rich", *hidden) as server:
-        return _serving(server.address) - begun
+        return Start(_serving(server.address) - begun, _cpu_s(server.pid))
 
 
-def ours(hidden: Sequence[str]) -> float:
-    """Return the seconds until the service is SERVING on an empty store."""
+def ours(hidden: Sequence[str]) -> Start:
+    """Measure the service on an empty store until it is SERVING."""
     with tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as data_dir:
         begun = time.perf_counter()
         with service(Path(data_dir), hidden=hidden, until="service.listening") as server:
-            return _serving(server.address) - begun
+            return Start(_serving(server.address) - begun, _cpu_s(server.pid))
+
+
+def _cpu_s(pid: int) -> float:
+    """Return the processor time of the living threads of a process."""
+    stats = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(stat.read_text().split()[0]) for stat in stats) / 1e9
 
 
 def _serving(address: str) -> float:
@@ -101,38 +119,46 @@ def _serving(address: str) -> float:
     raise ChildProcessError("the server never said SERVING")
 
 
-WAYS: Final[dict[str, Callable[[Sequence[str]], float]]] = {
+WAYS: Final[dict[str, Callable[[Sequence[str]], Start]]] = {
     "imports": imports,
     "server": health_server,
     "ours": ours,
 }
 
 
-def compare(rounds: int, hidden: Sequence[str]) -> dict[str, list[float]]:
-    """Measure all ways in turns, in seconds; a first round, of cold caches, is not counted."""
-    took: dict[str, list[float]] = {way: [] for way in WAYS}
+def compare(rounds: int, hidden: Sequence[str]) -> dict[str, list[Start]]:
+    """Measure all ways in turns; a first round, of cold caches, is not counted."""
+    starts: dict[str, list[Start]] = {way: [] for way in WAYS}
     for number in range(rounds + 1):
         for way, measure in WAYS.items():
-            seconds = measure(hidden)
+            start = measure(hidden)
             if number:
-                took[way].append(seconds)
-    return took
+                starts[way].append(start)
+    return starts
 
 
-def show(took: dict[str, list[float]], title: str) -> None:
+def show(starts: dict[str, list[Start]], title: str) -> None:
     """Print the table; a ratio is the median of the rounds' ratios."""
     table = Table(title=title)
-    for heading in ("way", "ms, min", "median", "max", "ratio to imports", "to server"):
+    for heading in (
+        "way",
+        "ms, min",
+        "median",
+        "to imports",
+        "CPU ms, min",
+        "median",
+        "to imports",
+    ):
         table.add_column(heading, justify="left" if heading == "way" else "right")
-    for way, seconds in took.items():
-        spread = (min(seconds), statistics.median(seconds), max(seconds))
-        ratios = (_ratio(seconds, took["imports"]), _ratio(seconds, took["server"]))
-        table.add_row(way, *(f"{1e3 * s:.0f}" for s in spread), *(f"{r:.2f}" for r in ratios))
+    for way in starts:
+        cells = []
+        for value in ("wall", "cpu"):
+            ours, base = ([getattr(s, value) for s in starts[one]] for one in (way, "imports"))
+            ratio = statistics.median(one / other for one, other in zip(ours, base, strict=True))
+            spread = (min(ours), statistics.median(ours))
+            cells += [*(f"{1e3 * s:.0f}" for s in spread), f"{ratio:.2f}"]
+        table.add_row(way, *cells)
     Console().print(table)
-
-
-def _ratio(seconds: list[float], base: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(seconds, base, strict=True))
 
 
 def main() -> None:
