@@ -36,7 +36,7 @@ CASES ?= 50000
 MUTANT_CASES ?= 3000
 ROUNDS ?= 1
 HISTORIES ?= 10000
-SIMULATION_MUTANTS ?= rearmed slot-early slot-twice orphans gate answer receipts heartbeats
+SIMULATION_MUTANTS ?= rearmed slot-early slot-twice orphans gate answer receipts replies launches heartbeats
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo demo-replicas console screenshots test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak soak-restarts lock clean \

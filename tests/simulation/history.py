@@ -95,6 +95,8 @@ class History:
             (4, self._crash_soon), (2, self._fail_soon), (1, self._slow_down), (2, self._stop),
         )  # fmt: skip
         chosen = rng.choices([do for _, do in steps], [weight for weight, _ in steps])[0]
+        if self._open_questions and rng.random() < 0.3:
+            chosen = self._reply
         self.world.note(f"step {chosen.__name__.strip('_')}")
         chosen()
 
@@ -124,20 +126,24 @@ class History:
         self._send(self.clients.create(new))
 
     def _reply(self) -> None:
-        waiting = self.judge.rows(
-            "SELECT r.run_id, r.interaction_count FROM run r WHERE r.status = 'WAITING_USER'"
-            " ORDER BY r.id"
-        )
-        unknown = {(c.run_id, c.number) for c in self._unknown if c.method == "SubmitReply"}
-        open_ones = [one for one in waiting if one not in unknown]
-        if not open_ones:
+        questions = self._open_questions
+        if not questions:
             self._pass_time()
             return
-        run_id, number = self.rng.choice(open_ones)
+        run_id, number = self.rng.choice(questions)
         stale = self.rng.random() < 0.05
         answer = f"answer {len(self.clients.calls)}"
         self._send(self.clients.reply(run_id, number + stale, answer))
         self._pass_time()
+
+    @property
+    def _open_questions(self) -> list[tuple[str, int]]:
+        """The run and the number of each question that no unanswered call replies to."""
+        waiting = self.judge.rows(
+            "SELECT run_id, interaction_count FROM run WHERE status = 'WAITING_USER' ORDER BY id"
+        )
+        unknown = {(c.run_id, c.number) for c in self._unknown if c.method == "SubmitReply"}
+        return [(run_id, number) for run_id, number in waiting if (run_id, number) not in unknown]
 
     def _cancel(self) -> None:
         self._for_some_run(self.clients.cancel)
@@ -235,7 +241,7 @@ class History:
         world.cut_in = cut_in
         watch = world.loop.create_task(self._watch_gate(service, live_before))
         watch.add_done_callback(self._note_violation)
-        world.loop.run_for(self.rng.choice((0.01, 1.0, 3.0)))
+        world.loop.run_for(0.01 if world.is_calm else self.rng.choice((0.01, 1.0, 3.0)))
 
     async def _watch_gate(self, service: Incarnation, live_before: set[int]) -> None:
         gate = service.parts.gate
@@ -296,7 +302,27 @@ class History:
         self.judge.check_end(self.service.service.work.dispatcher.slots_in_use)
         self._stop_in_order()
         self._settle()
+        self._start_after_the_stop()
         self._count()
+
+    def _start_after_the_stop(self) -> None:
+        """Check that a start finds nothing to change after a planned stop, but deadlines."""
+        now_us = self.world.now_ns() // 1000
+        before = {
+            key: run["status"]
+            for key, run in self.judge.read_runs().items()
+            if min(run["wait_due_us"] or now_us + 1, run["run_due_us"] or now_us + 1) > now_us
+        }
+        self._start()
+        after = {key: run["status"] for key, run in self.judge.read_runs().items()}
+        if (
+            self.service is None
+            or not self.service.is_serving
+            or not before.items() <= after.items()
+        ):
+            raise Violation(f"I11: a start changed {before} to {after}")
+        self.world.crash("step")
+        self._settle()
 
     def _count(self) -> None:
         reached, calls = self.world.reached, self.clients.calls

@@ -116,6 +116,33 @@ def _forget_receipts(patches: Patches) -> None:
     patches.set(requests, "record_effect", lambda *_, **__: None)
 
 
+def _lose_replies(patches: Patches) -> None:
+    """Forget at a start the replies that no process has got."""
+    from runrecovery_service.storage import stale_bindings
+
+    clear = stale_bindings.clear_stale_bindings
+
+    def clear_replies(db: Any, recovered: Any) -> Any:
+        with db.transaction():
+            db.execute("UPDATE interaction SET response = 'null' WHERE state = 'ANSWERED'")
+        return clear(db, recovered)
+
+    patches.set(stale_bindings, "clear_stale_bindings", clear_replies)
+
+
+def _close_launches_early(patches: Patches) -> None:
+    """Close a launch record before its agent starts."""
+    from runrecovery_service.storage import launch_records
+
+    record_running = launch_records.record_running
+
+    def close(db: Any, launch: Any, **named: Any) -> None:
+        record_running(db, launch, **named)
+        db.execute("UPDATE process_lease SET state = 'CLOSED' WHERE id = ?", (launch.key,))
+
+    patches.set(launch_records, "record_running", close)
+
+
 def _skip_heartbeats(patches: Patches) -> None:
     """Let the trees die by their deadline although the lease is renewed."""
     from runrecovery_service.execution.running_turns import RunningTurns
@@ -131,6 +158,8 @@ MUTANTS: Final[Mapping[str, Break]] = {
     "gate": _serve_before_recovery,
     "answer": _answer_before_the_commit,
     "receipts": _forget_receipts,
+    "replies": _lose_replies,
+    "launches": _close_launches_early,
     "heartbeats": _skip_heartbeats,
 }
 

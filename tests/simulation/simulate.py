@@ -106,11 +106,14 @@ def play_in_parallel(first: int, histories: int, *, jobs: int, mutant: str | Non
     result = Result()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for part in pool.map(partial(play, mutant=mutant), tasks):
-            result += part
-            if result.violations and (mutant is not None or len(result.violations) >= SHOWN):
-                pool.shutdown(wait=True, cancel_futures=True)
-                break
+        try:
+            for part in pool.map(partial(play, mutant=mutant), tasks):
+                result += part
+                if result.violations and (mutant is not None or len(result.violations) >= SHOWN):
+                    break
+        except KeyboardInterrupt:
+            print("interrupted")
+        pool.shutdown(wait=True, cancel_futures=True)
     return result
 
 
