@@ -77,9 +77,9 @@ def _panel(
     for value, y in ((max(sizes), floor - inner_height / 1.1), (0, floor)):
         label = f"{value:,.0f}" if value >= 10 or not value else f"{value:.1f}"
         yield f'<text x="{LEFT - 5}" y="{y + 4:.0f}" text-anchor="end">{label}</text>'
-    for minute in (0.0, last / 2, last):
+    for minute, anchor in ((0.0, "middle"), (last / 2, "middle"), (last, "end")):
         label = f"{minute:.0f} min"
-        yield f'<text x="{x_of(minute)}" y="{floor + 15}" text-anchor="middle">{label}</text>'
+        yield f'<text x="{x_of(minute)}" y="{floor + 15}" text-anchor="{anchor}">{label}</text>'
     for signal, name in COLOURS.items():
         ticks = "".join(f"M{x_of(at)} {floor}v-5" for at, sent in signals if sent == signal)
         yield f'<path class="{name}" d="{ticks}"/>'
