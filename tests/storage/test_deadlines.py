@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -13,9 +13,12 @@ from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import Fenced, InteractionSuperseded, RunNotWaiting
 from runrecovery_service.domain.run import InteractionState, Profile, Run, RunStatus
 from runrecovery_service.storage import deadlines, interactions
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.deadlines import PassedDeadline
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import QUESTION, REOPEN_S, WAIT_S, ServiceStore
+
+from bench import seed
 
 STEPS = [timedelta(days=10), timedelta(days=-10)]
 RUN_S = 600.0
@@ -415,3 +418,31 @@ def test_a_session_is_not_forgotten_by_the_clock_of_another_boot(store: ServiceS
     deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
 
     assert store.rows("SELECT retired_value FROM run") == kept != [(None,)]
+
+
+def test_a_batch_of_a_takeover_reads_only_the_deadlines_of_its_own_runs(
+    shared: ServiceStore,
+) -> None:
+    plan: list[str] = []
+
+    class Explaining(Database):
+        def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
+            if "due_clock = ?" in sql:
+                plan.extend(row[0] for row in super().execute(f"EXPLAIN {sql}", params))
+            return super().execute(sql, params)
+
+    seed.fill(shared.db, shared.owner, seed.Seeding(runs=6000, mix={"waiting": 1}), now=shared.now)
+    shared.db.execute("UPDATE run SET reopen_due_us = 1 WHERE id BETWEEN 1 AND 2000")
+    shared.db.execute("ANALYZE run")
+
+    deadlines.move_range(
+        Explaining(shared.db.peewee, shared.db.dialect, shared.db.name),
+        shared.owner,
+        first=1,
+        last=200,
+        now=shared.now,
+        steady=shared.steady,
+    )
+
+    assert [line for line in plan if "run_pkey" in line] != []
+    assert [line for line in plan if "_due" in line and "Index Scan" in line] == []

@@ -105,9 +105,10 @@ def _move(
         f"{column} = CASE WHEN {column} IS NOT NULL THEN COALESCE({_WALL[kind]} + ?, 0) END"
         for kind, column in _COLUMNS.items()
     )
-    some = " OR ".join(f"{column} IS NOT NULL" for column in _COLUMNS.values())
+    # With OR, PostgreSQL would read all deadlines of the owner by their indexes.
+    some = f"COALESCE({', '.join(_COLUMNS.values())}) IS NOT NULL"
     count: int = db.execute(
-        f"UPDATE run SET {moved}, due_clock = ? WHERE owner = ? AND {which} AND ({some})"
+        f"UPDATE run SET {moved}, due_clock = ? WHERE owner = ? AND {which} AND {some}"
         " AND COALESCE(due_clock, '') <> ?",
         (
             *(offset_us for _ in _COLUMNS),
