@@ -21,8 +21,9 @@ LOG_HEADER_SIZE: Final = 32
 FRAME_HEADER_SIZE: Final = 24
 _HEADER: Final = struct.Struct("=IIIBBHIIII8s8s")
 _CHECKPOINT: Final = struct.Struct("=I28xI")
-_READ_MARKS: Final = 100
-_READ_MARKS_END: Final = 128
+_MARKS: Final = 100
+"""The offset of the marks of readers, which change without a change of the content."""
+_AFTER_MARKS: Final = 128
 _VERSION: Final = 3_007_000
 
 
@@ -95,7 +96,4 @@ def parse(raw: bytes) -> WalIndex | None:
 
 def is_same(raw: bytes, other: bytes) -> bool:
     """Return whether two readings have the same content. The marks of readers do not count."""
-    return (
-        raw[:_READ_MARKS] == other[:_READ_MARKS]
-        and raw[_READ_MARKS_END:] == other[_READ_MARKS_END:]
-    )
+    return raw[:_MARKS] == other[:_MARKS] and raw[_AFTER_MARKS:] == other[_AFTER_MARKS:]
