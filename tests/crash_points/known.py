@@ -12,6 +12,8 @@ COMMITS: Final = frozenset(
     {
         "deadlines.end_run",
         "deadlines.end_wait",
+        "hand_over.hand_over",
+        "instances.announce_stop",
         "instances.claim",
         "instances.renew",
         "instances.resign",
@@ -28,6 +30,8 @@ COMMITS: Final = frozenset(
         "runs.create",
         "session_checks.record_findings",
         "store_identity.store_id",
+        "takeover.begin",
+        "takeover.finish",
         "trust.record_entry",
         "trust.record_outcome",
         "turn_ends.record_end",
@@ -37,11 +41,14 @@ COMMITS: Final = frozenset(
         "turns.record_sticky_question",
         "turns.record_usage",
         "webhook_deliveries.remove_delivered",
+        "work_stealing.take_from",
     }
 )
-"""The use cases that the scenario of one service reaches."""
+"""The use cases that the scenarios reach."""
 
-_REPLICAS: Final = "only with several instances: `make campaign-replicas` kills these at random"
+_REPLICAS: Final = (
+    "only at some moments of a takeover: `make campaign-replicas` kills at random ones"
+)
 _RETENTION: Final = "needs data of its age: `tests/retention/` kills a removal at every step"
 _WEBHOOK: Final = "only with an endpoint that fails: `tests/crash/test_webhooks.py`"
 UNREACHED: Final[Mapping[str, str]] = {
@@ -49,8 +56,6 @@ UNREACHED: Final[Mapping[str, str]] = {
     "deadlines.end_pauses": "only after several interruptions of a turn",
     "deadlines.end_reopening": "needs the time to reopen a run to pass",
     "deadlines.move_to_clock": "only after another boot of the machine",
-    "hand_over.hand_over": _REPLICAS,
-    "instances.announce_stop": _REPLICAS,
     "launch_records.record_late_end": "only for processes that could not be killed at first",
     "launch_records.take_unended": _REPLICAS,
     "reports.close_abandoned": _REPLICAS,
@@ -60,8 +65,6 @@ UNREACHED: Final[Mapping[str, str]] = {
     "retention.remove_reports": _RETENTION,
     "retention.remove_runs": _RETENTION,
     "stale_bindings.clear_stale_bindings": "only if an older version has left bindings",
-    "takeover.begin": _REPLICAS,
-    "takeover.finish": _REPLICAS,
     "takeover.take_deliveries": _REPLICAS,
     "turn_starts.requeue_unlaunched": "only if a stop meets a launch that waits for resources",
     "turns.record_retry": "only if the agent's model does not answer",
@@ -72,5 +75,4 @@ UNREACHED: Final[Mapping[str, str]] = {
     "webhook_deliveries.try_again": _WEBHOOK,
     "webhook_outbox.forget_removed": "only after a webhook was removed from the configuration",
     "webhook_outbox.take_back": _REPLICAS,
-    "work_stealing.take_from": _REPLICAS,
 }

@@ -50,13 +50,11 @@ class Effect:
         name: the effect, in the names of its two points.
         module: the module below `runrecovery_service`.
         attribute: the function, or `Class.method`.
-        needs_replicas: whether only several instances on PostgreSQL reach it.
     """
 
     name: str
     module: str
     attribute: str
-    needs_replicas: bool = False
 
 
 EFFECTS: Final = (
@@ -79,13 +77,13 @@ EFFECTS: Final = (
     Effect("rotating backups", "trust.files", "_rotate_backups"),
     Effect("count of commits", "storage.commit_count", "CommitMarker.write"),
     Effect("synced file", "storage.durable_files", "durably_write"),
-    Effect("note of a renewal", "renewal_note", "RenewalNote._write", needs_replicas=True),
+    Effect("note of a renewal", "renewal_note", "RenewalNote._write"),
     Effect("webhook", "webhooks.http_post", "post"),
     Effect("listening", "listeners", "Listeners.bind"),
     Effect("opening to callers", "rpc.gate", "Gate.open"),
     Effect("closing to callers", "rpc.gate", "Gate.close"),
-    Effect("hand-over", "recovery.hand_over", "HandOver.run", needs_replicas=True),
-    Effect("takeover", "recovery.takeover", "TakeoverLoop._recover", needs_replicas=True),
+    Effect("hand-over", "recovery.hand_over", "HandOver.run"),
+    Effect("takeover", "recovery.takeover", "TakeoverLoop._recover"),
 )
 
 
@@ -140,19 +138,20 @@ class _Passing:
 
 def _crash(*, with_shims: bool) -> None:
     """Kill this process, and its shims before it if agents shall outlive both."""
-    for pid in _shims() if with_shims else ():
+    for pid in shims_of(os.getpid()) if with_shims else ():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
-def _shims() -> list[int]:
+def shims_of(service: int) -> list[int]:
+    """Return the pids of the shims of a service."""
     found = []
     for entry in os.scandir("/proc"):
         with suppress(OSError, ValueError, IndexError):
             parent = Path(entry.path, "stat").read_text("utf-8", "replace").rpartition(")")[2]
-            is_child = int(parent.split()[1]) == os.getpid()
+            is_child = int(parent.split()[1]) == service
             if is_child and b"shim_main" in Path(entry.path, "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -19,6 +20,9 @@ TABLES: Final = (
     "run", "interaction", "run_event", "recovery_event", "reconciliation", "process_lease",
     "instance", "trust_entry", "webhook_delivery",
 )  # fmt: skip
+Acknowledged = tuple[str, str, int]
+"""A call that was answered: the word, the run, and the number of the question."""
+ANSWERS: Final = ("yes", "allow")
 REOPENED_RULE: Final = "reopened_by_caller"
 UNCLOSED: Final = frozenset({"INTENT", "GATED", "RUNNING"})
 
@@ -72,12 +76,41 @@ class Snapshot:
         yield from self._repeated_decisions()
         yield from self._early_reports()
 
-    def undecided(self) -> Iterator[Violation]:
+    def undecided(self, instance: str) -> Iterator[Violation]:
         """Yield runs of earlier epochs of an instance, for which no decision was made."""
-        epochs = self.epochs()
+        epoch = self.epochs()[instance]
         for run in self.live():
-            if run["owner_epoch"] < epochs[run["owner"]]:
+            if run["owner"] == instance and run["owner_epoch"] < epoch:
                 yield Violation("undecided", _text(run))
+
+    def lost(
+        self, acknowledged: Iterable[Acknowledged], outcomes: Mapping[str, str]
+    ) -> Iterator[Violation]:
+        """Yield acknowledged calls without their effect, and ends of runs that have changed."""
+        runs = {row["run_id"]: row for row in self.tables["run"]}
+        replied = {
+            (row["run"], row["no"])
+            for row in self.tables["interaction"]
+            if row["response"] is not None and json.loads(row["response"]) in ANSWERS
+        }
+        reopened = {
+            row["run"] for row in self.tables["recovery_event"]
+            if row["rule"] == REOPENED_RULE
+        }  # fmt: skip
+        for word, run_id, number in acknowledged:
+            run = runs.get(run_id)
+            is_kept = run is not None and (
+                word == "create"
+                or (word == "reply" and (run["id"], number) in replied)
+                or (word == "reopen" and run["id"] in reopened)
+                or (word == "cancel" and _is_canceled(run))
+            )
+            if not is_kept:
+                yield Violation("lost", f"{word} {run_id}: {run and run['status']}")
+        for run_id, status in outcomes.items():
+            run = runs.get(run_id)
+            if run is None or (run["status"] != status and run["id"] not in reopened):
+                yield Violation("changed end", f"{run_id} was {status}: {run and run['status']}")
 
     # -- the single promises -------------------------------------------------------------------
 
@@ -163,6 +196,10 @@ class Snapshot:
             epoch = epochs[run["owner"]]
             if run["owner_epoch"] < epoch and (run["owner"], epoch) in done:
                 yield Violation("early report", _text(run))
+
+
+def _is_canceled(run: Row) -> bool:
+    return run["status"] in TERMINAL or run["cancel_requested_at"] is not None
 
 
 def _may_follow(status: str, after: str, kind: str) -> bool:

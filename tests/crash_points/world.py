@@ -6,12 +6,11 @@ the trial names, one after the other.
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -19,12 +18,17 @@ from typing import Any, Final, TypeVar
 import grpc
 from crash_points import points
 from crash_points.kills import Kill
-from crash_points.snapshot import REOPENED_RULE, UNCLOSED, Snapshot, Violation
+from crash_points.snapshot import UNCLOSED, Acknowledged, Snapshot, Violation
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery_service.domain.run import TERMINAL
 from support.api import Api, refusal_of, status_word
-from support.processes import environment_of, living_process, processes_below
+from support.processes import (
+    environment_of,
+    living_process,
+    processes_below,
+    send_signal_if_alive,
+)
 from support.service import Home, ServiceProcess
 from support.waiting import until
 
@@ -33,7 +37,6 @@ T = TypeVar("T")
 LEASE: Final = "RUNRECOVERY_LEASE"
 """The environment variable of a process tree that names its launch: the key and the cookie."""
 NAMES: Final = uuid.UUID("0b7f8a52-6f9e-4c43-9d1f-0d8fb6b5f0c1")
-ANSWERS: Final = ("yes", "allow")
 
 
 class Broken(Exception):
@@ -41,7 +44,10 @@ class Broken(Exception):
 
 
 class Crashed(Exception):
-    """The service was killed by a crash point."""
+    """The service of a world was killed by a crash point."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +61,7 @@ class World:
         outcomes: the status of each run that the client has seen ended.
         problems: the violations found.
         end_s: the latest end of the trial, as of `monotonic`.
+        instance: the name of the service's instance.
     """
 
     home: Home
@@ -63,9 +70,10 @@ class World:
     end_s: float
     unreached: list[Kill] = field(default_factory=list)
     fired: list[Kill] = field(default_factory=list)
-    acknowledged: list[tuple[str, str, int]] = field(default_factory=list)
+    acknowledged: list[Acknowledged] = field(default_factory=list)
     outcomes: dict[str, str] = field(default_factory=dict)
     problems: list[Violation] = field(default_factory=list)
+    instance: str = "default"
     service: ServiceProcess | None = None
     api: Api | None = None
     epoch: int = 0
@@ -74,11 +82,12 @@ class World:
     def __post_init__(self) -> None:
         self.home.prepare = Path(points.__file__)
         self.home.env[points.FOLDER] = str(self.folder)
-        self._arm()
+        self.arm()
 
     # -- crash points --------------------------------------------------------------------------
 
-    def _arm(self) -> None:
+    def arm(self) -> None:
+        """Let the next kill happen at its point."""
         if self.kills:
             self._armed += 1
             kill = self.kills[0]
@@ -106,7 +115,7 @@ class World:
         if self.problems:
             raise Broken
         if self._has_crashed():
-            raise Crashed
+            raise Crashed(self)
         if time.monotonic() > self.end_s:
             text = "" if self.service is None else self.service.text[-6000:]
             raise AssertionError(f"the trial takes too long:\n{text}")
@@ -128,7 +137,7 @@ class World:
             try:
                 self._start_once()
             except Crashed:
-                self._bury()
+                self.bury()
             else:
                 return
 
@@ -148,14 +157,14 @@ class World:
         except grpc.RpcError:
             return False
 
-    def _bury(self) -> None:
+    def bury(self) -> None:
         """After a kill: judge what it has left, and arm the next kill."""
         assert self.service is not None
         point = (self.folder / f"fired-{self.service.pid}").read_text("utf-8")
         self.fired.append(replace(self.kills.pop(0), points=(point,)))
         self._close()
         self.problems += self.judge_store()
-        self._arm()
+        self.arm()
 
     def _close(self) -> None:
         assert self.service is not None
@@ -165,23 +174,32 @@ class World:
 
     def recover(self) -> None:
         """After a kill: start services until one serves. Kills that it has not met are void."""
-        self._bury()
+        self.bury()
         self.start()
+        self.disarm()
+
+    def disarm(self) -> None:
+        """Let no further kill happen."""
         self.unreached += self.kills
         self.kills.clear()
         (self.folder / "armed").unlink(missing_ok=True)
 
     def kill(self) -> None:
-        """Kill service and shims from outside, and start a service again."""
+        """Kill service and shims from outside, so that the agents become orphans."""
         assert self.service is not None
         self.look()
-        with suppress(AssertionError):
-            self.home.kill_with_shims(self.service)
+        found = map(living_process, points.shims_of(self.service.pid))
+        shims = [shim for shim in found if shim is not None]
+        for shim in shims:  # a shim that runs would end its agents
+            send_signal_if_alive(shim, signal.SIGSTOP)
+        self.service.popen.kill()
+        self.service.popen.wait()
+        for shim in shims:
+            send_signal_if_alive(shim, signal.SIGKILL)
         if self._fired_meanwhile():
-            raise Crashed
-        self.service = self.api = None
+            raise Crashed(self)
+        self._close()
         self.problems += self.judge_store()
-        self.start()
 
     def _fired_meanwhile(self) -> bool:
         assert self.service is not None
@@ -195,7 +213,7 @@ class World:
         service.terminate()
         until(lambda: service.popen.poll() is not None, "the service stops", timeout_s=60)
         if self._fired_meanwhile():
-            raise Crashed
+            raise Crashed(self)
         if (code := service.popen.wait()) != 0:
             self.problems.append(Violation("exit", f"{code}: {service.text[-2000:]}"))
         self._close()
@@ -270,58 +288,34 @@ class World:
         """Yield what is wrong in the store, at any time."""
         store = Snapshot.read(self.home)
         yield from store.violations()
-        yield from self._lost(store)
+        yield from store.lost(self.acknowledged, self.outcomes)
 
     def judge_serving(self) -> Iterator[Violation]:
         """Yield what is wrong at the moment from which on a service serves."""
         before = Snapshot.read(self.home)
         yield from before.violations()
-        yield from before.undecided()
-        yield from self._lost(before)
+        yield from before.undecided(self.instance)
+        yield from before.lost(self.acknowledged, self.outcomes)
         yield from self._orphans(before)
-        (epoch,) = before.epochs().values()
+        epoch = before.epochs()[self.instance]
         if epoch <= self.epoch:
             yield Violation("epoch", f"{epoch} after {self.epoch}")
         self.epoch = epoch
         reports = [
             row for row in before.tables["reconciliation"]
-            if (row["epoch"], row["cause"], row["state"]) == (epoch, "STARTUP", "COMPLETED")
+            if (row["instance"], row["epoch"]) == (self.instance, epoch)
+            and (row["cause"], row["state"]) == ("STARTUP", "COMPLETED")
         ]  # fmt: skip
         if len(reports) != 1:
             yield Violation("serves early", f"{len(reports)} complete reports of epoch {epoch}")
-
-    def _lost(self, store: Snapshot) -> Iterator[Violation]:
-        runs = {row["run_id"]: row for row in store.tables["run"]}
-        replied = {
-            (row["run"], row["no"])
-            for row in store.tables["interaction"]
-            if row["response"] is not None and json.loads(row["response"]) in ANSWERS
-        }
-        reopened = {
-            row["run"] for row in store.tables["recovery_event"]
-            if row["rule"] == REOPENED_RULE
-        }  # fmt: skip
-        for word, run_id, number in self.acknowledged:
-            run = runs.get(run_id)
-            is_kept = run is not None and (
-                word == "create"
-                or (word == "reply" and (run["id"], number) in replied)
-                or (word == "reopen" and run["id"] in reopened)
-                or (word == "cancel" and _is_canceled(run))
-            )
-            if not is_kept:
-                yield Violation("lost", f"{word} {run_id}: {run and run['status']}")
-        for run_id, status in self.outcomes.items():
-            run = runs.get(run_id)
-            if run is None or (run["status"] != status and run["id"] not in reopened):
-                yield Violation("changed end", f"{run_id} was {status}: {run and run['status']}")
 
     def _orphans(self, before: Snapshot) -> Iterator[Violation]:
         """Yield processes of launches that were over when the snapshot was read."""
         epochs = before.epochs()
         over = {
             row["id"]: row["state"] for row in before.tables["process_lease"]
-            if row["state"] not in UNCLOSED or row["epoch"] < epochs[row["instance"]]
+            if row["state"] not in UNCLOSED
+            or (row["instance"] == self.instance and row["epoch"] < epochs[self.instance])
         }  # fmt: skip
         cookies = {row["cookie"] for row in before.tables["process_lease"]}
         found = _launched(self.home, cookies)
@@ -329,10 +323,6 @@ class World:
         for pid, key in found.items():
             if key in over or key not in known:
                 yield Violation("orphan", f"process {pid} of launch {key}, {over.get(key)}")
-
-
-def _is_canceled(run: Any) -> bool:
-    return run["status"] in TERMINAL or run["cancel_requested_at"] is not None
 
 
 def _launched(home: Home, cookies: set[str]) -> dict[int, int]:
