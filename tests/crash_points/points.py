@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -258,23 +258,39 @@ def _follow_phases(passing: _Passing) -> None:
 def _follow_commits(passing: _Passing) -> None:
     """Pass a point after each COMMIT that has changed rows, before anything learns of it."""
     peewee: Any = import_module("peewee")
-    execute_sql, commit = peewee.Database.execute_sql, peewee.Database.commit
+    sqlite: Any = import_module("runrecovery_service.storage.sqlite_file")
+    postgresql: Any = import_module("runrecovery_service.storage.postgresql")
+    ours = (sqlite._Sqlite, postgresql.PostgreSQL)
+    for kind in (peewee.Database, peewee.SqliteDatabase, peewee.PostgresqlDatabase, *ours):
+        for name, follow in (
+            ("execute_sql", _executing),
+            ("begin", _beginning),
+            ("commit", partial(_committing, passing)),
+        ):
+            if name in vars(kind):
+                setattr(kind, name, follow(getattr(kind, name)))
 
+
+def _executing(execute_sql: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(execute_sql)
     def execute(self: Any, sql: str, params: Any = None) -> Any:
         if CHANGES.match(sql) and (name := use_case_on_stack()) is not None:
             _thread.use_cases[name] = None
         return execute_sql(self, sql, params)
 
+    return execute
+
+
+def _committing(passing: _Passing, commit: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(commit)
     def committed(self: Any) -> None:
         commit(self)
-        changed, use_cases = _changed_rows(self) != _thread.before, list(_thread.use_cases)
-        if changed:
+        use_cases, _thread.use_cases = _thread.use_cases, {}
+        if _changed_rows(self) != _thread.before:
             for name in use_cases:
                 passing.point(f"commit of {name}")
 
-    peewee.Database.execute_sql, peewee.Database.commit = execute, committed
-    for kind in (peewee.SqliteDatabase, peewee.PostgresqlDatabase):
-        kind.begin = _beginning(kind.begin)
+    return committed
 
 
 def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
