@@ -1,4 +1,4 @@
-"""The store for code in a thread, where calls may block until the database answers."""
+"""The store for code in a thread. Its calls block until the database answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BlockingStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ConnectionStore:
-    """The store for a thread with its own connection, such as that of a recovery."""
+    """The store for a thread that has its own connection, for example the thread of a recovery."""
 
     db: Database
 
@@ -43,9 +43,9 @@ class ConnectionStore:
 
 @dataclass(frozen=True, slots=True)
 class LoopStore:
-    """The store for other threads, which pass their calls to the event loop.
+    """The store for threads without a connection. It passes their calls to the event loop.
 
-    SQLite has only one writer, which belongs to the loop's storage.
+    SQLite has only one writer, and the storage on the event loop owns this writer.
     """
 
     storage: Storage

@@ -21,9 +21,10 @@ class LaunchEnder:
 
     Attributes:
         cgroups: the parent of the launches' cgroups; None: cgroups are not used.
-        why: the purpose, for the log.
+        why: why the processes are ended, for the log.
         grace_s: seconds between SIGTERM and SIGKILL.
-        deadline_s: time limit; processes that survive are left to a later try.
+        deadline_s: time limit in seconds. Processes that are still alive then are left to a later
+            try.
         processes: finds and ends the processes.
     """
 
@@ -35,7 +36,7 @@ class LaunchEnder:
     processes: Processes = field(default_factory=MachineProcesses)
 
     def end(self, launches: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
-        """End every process of these launches, and remove their cgroups.
+        """End every process of these launches, and remove the cgroups of ended launches.
 
         Returns:
             By launch key: the processes that this call or the launch's own shim has ended.
@@ -60,7 +61,7 @@ class LaunchEnder:
 
 
 def remove_cgroup(cgroups: CgroupParent | None, launch: LaunchRecord) -> bool:
-    """Remove the cgroup of a launch, if it has one; return False if it could not be removed."""
+    """Remove the cgroup of a launch. Return False only if it has one that cannot be removed."""
     if launch.cgroup is None or cgroups is None:
         return True
     return cgroups.remove(launch.cgroup)

@@ -8,7 +8,7 @@ from runrecovery_service.storage.launch_records import LaunchRecord
 
 
 def launch_markers(lease: LaunchRecord) -> LaunchMarkers:
-    """Return the markers of a recorded launch."""
+    """Return the markers of a launch from its record."""
     return LaunchMarkers(
         launch_key=lease.key,
         run_key=lease.run_key,

@@ -24,8 +24,9 @@ class OutputPiece:
     """A piece of an output file.
 
     Attributes:
-        data: the bytes, as the agent has written them.
-        truncated: whether the piece ends where the limit cut off further output.
+        data: the bytes of the file.
+        truncated: whether the piece ends at the end of the file, and the limit on stored output
+            cut off further output there.
     """
 
     data: bytes
@@ -39,7 +40,7 @@ _NAMES: Final = frozenset(
 
 
 def is_output_name(name: str) -> bool:
-    """Return whether a name in the folder of an attempt is that of an output file."""
+    """Return whether this is the name of an output file in the folder of an attempt."""
     return name in _NAMES or name.endswith(REST_SUFFIX)
 
 
@@ -92,7 +93,7 @@ class OutputFiles:
         return OutputPiece(data, truncated)
 
     def size(self, run_key: int, attempt: int, channel: OutputChannel) -> int:
-        """Return how many bytes of a channel are kept."""
+        """Return how many bytes of a channel are stored; 0 if there is no file."""
         try:
             return self._file(run_key, attempt, channel).stat().st_size
         except FileNotFoundError:

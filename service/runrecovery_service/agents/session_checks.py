@@ -25,7 +25,7 @@ from runrecovery_service.engines.sessions.repair import Repair
 from runrecovery_service.lazy_dataclass import dataclass
 
 SESSION_TIMEOUT_S: Final = 10.0
-"""How long the file system of a session may take to answer."""
+"""How long to wait for an answer of the file system that has a session."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class SessionChecker:
     """Checks, fingerprints, repairs and counts the sessions of runs.
 
     Attributes:
-        timeout_s: how long the file system of a session may take to answer.
+        timeout_s: how long to wait for an answer of the file system that has a session.
     """
 
     workspaces: Workspaces
@@ -49,28 +49,29 @@ class SessionChecker:
         *,
         in_turn: bool = False,
     ) -> SessionFinding | None:
-        """Return the engine's finding about a run's session; None: the engine has no check.
+        """Return the engine's finding about a run's session, or None if the engine has no check.
 
         Args:
-            fingerprint: of the session file when its question was recorded; None: not known.
-            in_turn: whether the agent was killed during its turn, so that the file may end
-                incompletely.
+            fingerprint: the fingerprint of the session file when the run's question was recorded;
+                None: not known.
+            in_turn: whether the agent was killed during its turn, so that the end of the file can
+                be incomplete.
         """
         stored = replace(self._stored(run, handle, fingerprint), in_turn=in_turn)
         return await check_session(engine, stored, timeout_s=self.timeout_s)
 
     async def fingerprint(self, run: Run, sessions: CliSessions, handle: str) -> SessionObservation:
-        """Check a run's session; return the finding and the present fingerprint."""
+        """Check a run's session; return the finding, and the fingerprint of its file now."""
         return await fingerprint_session(
             sessions, self._stored(run, handle), timeout_s=self.timeout_s
         )
 
     async def repair(self, run: Run, sessions: CliSessions, handle: str) -> list[Repair]:
-        """Repair a run's session before a resume, and return what was appended to its files.
+        """Repair a run's session before a resume, and return the repair of each changed file.
 
         Raises:
-            NotRepairable, OSError, NotKnown: a file could not be repaired, and is unchanged.
-                TimeoutError is an OSError.
+            NotRepairable, OSError, NotKnown: a file could not be repaired. TimeoutError, which is
+                an OSError, means that the file system did not answer in time.
         """
         stored, given_up = self._stored(run, handle), threading.Event()
         async with self._one_file:  # each call has a whole file in memory
@@ -82,18 +83,18 @@ class SessionChecker:
                 given_up.set()
 
     async def read_usage(self, run: Run, sessions: CliSessions, handle: str) -> StoredUsage:
-        """Return the usage that a run's session file shows.
+        """Return the usage of the model calls that a run's session has stored.
 
         Raises:
-            UsageNotKnown, OSError, NotKnown: the file does not show the usage. TimeoutError is an
-                OSError.
+            UsageNotKnown, OSError, NotKnown: the usage cannot be read. TimeoutError, which is an
+                OSError, means that the file system did not answer in time.
         """
         stored = self._stored(run, handle)
         output = self.workspaces.output(run.key, run.attempt)
         async with (
             asyncio.timeout(self.timeout_s),
             self._one_file,
-        ):  # a turn's end waits
+        ):  # the end of the turn waits for this read
             return await daemon_threads.run(lambda: sessions.read_usage(stored, output))
 
     def _stored(
@@ -112,10 +113,10 @@ def session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
 async def check_session(
     engine: Engine, stored: StoredHandle, *, timeout_s: float, seen_before: bool = True
 ) -> SessionFinding | None:
-    """Return the engine's finding about a session; None if the engine has no check.
+    """Return the engine's finding about a session, or None if the engine has no check.
 
     Args:
-        seen_before: as in `engines.catalog.check_sessions`.
+        seen_before: see `engines.catalog.check_sessions`.
     """
 
     def check() -> list[SessionFinding]:
@@ -133,7 +134,7 @@ async def check_session(
 async def fingerprint_session(
     sessions: CliSessions, stored: StoredHandle, *, timeout_s: float
 ) -> SessionObservation:
-    """Check a session; return the finding and the present fingerprint."""
+    """Check a session; return the finding, and the fingerprint of its file now."""
     try:
         return await daemon_threads.run_within(timeout_s, lambda: sessions.observe(stored))
     except TimeoutError:

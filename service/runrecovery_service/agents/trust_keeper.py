@@ -1,8 +1,9 @@
 """Makes agent CLIs trust the workspaces of living runs, and of no other runs.
 
-The lock of the CLI's file is always taken before the store is used. No file is edited within a
-transaction. Under the lock, an entry is recorded before it is added to the file. Its row is changed
-after the entry is removed from the file. A crash therefore leaves at most a row without an entry.
+A CLI keeps its trusted folders in a file. The lock of this file is always taken before the store is
+used. No file is edited within a transaction. Under the lock, an entry is recorded before it is
+added to the file. The row of an entry is changed after the entry is removed from the file. A crash
+therefore leaves at most a row without an entry.
 `trust_removal.py` decides what is removed from a file, and how the rows change.
 """
 
@@ -45,11 +46,11 @@ MOST_NAME_BYTES: Final = 2000
 PostgreSQL limits the size of keys."""
 ADD_LOCK_WAIT_S: Final = 5.0
 """How long a launch waits for the lock of a file before it logs the delay and waits again. Many
-launches may begin at once, and the edit of a large file takes seconds."""
+launches can begin at once, and the edit of a large file takes seconds."""
 RESTART_LOCK_WAIT_S: Final = 5.0
 """How long a restart waits for the lock of a file."""
 RUN_END_LOCK_WAIT_S: Final = 2.0
-"""How long the end of a run, for which a caller may wait, waits for the lock of a file."""
+"""How long the end of a run waits for the lock of a file, while a caller may be waiting."""
 FIRST_CHUNK, CHUNK = 100, 500
 """How many entries the first edit removes, and the most that any edit removes."""
 QUICK_S: Final = 2.0
@@ -78,7 +79,7 @@ class TrustKeeper:
     """Adds and removes trust entries. Every method blocks: call it in a thread.
 
     Attributes:
-        host_id: the host of the files; several hosts may share a store.
+        host_id: the host of the files, because several hosts can share a store.
         report: called with removed entries, in the transaction that records their removal.
     """
 
@@ -99,11 +100,11 @@ class TrustKeeper:
         *,
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
-        """Make a CLI with this environment trust a run's workspace. A repetition changes nothing.
+        """Make a CLI with this environment trust a run's workspace. A second call changes nothing.
 
         Args:
-            pause: waits some seconds while another program has the file locked. Its exceptions are
-                passed on, and the file is then unchanged.
+            pause: called with a number of seconds to wait while another program has the file
+                locked. An exception that it raises is passed on, and the file is unchanged.
 
         Raises:
             TrustRefused: the CLI cannot be made to trust the workspace; see `docs/trust.md`.
@@ -135,13 +136,13 @@ class TrustKeeper:
             raise TrustRefused(f"{cli} cannot be made to trust the workspace: {reason}") from error
 
     def recorded_entries(self, file: str, place: str) -> dict[str, Added]:
-        """Return the entries of this service in a file, by folder."""
+        """Return the recorded entries of this service in a file, by folder."""
         rows = self.store.read(lambda db: trust.recorded_entries(db, self.host_id, file, place))
         found = {folder: parse_added(text) for folder, text in rows.items()}
         return {folder: added for folder, added in found.items() if added is not None}
 
     def record(self, entry: TrustEntry) -> None:
-        """Record an entry."""
+        """Record an entry in the store."""
         self.store.write(
             lambda db: trust.record_entry(
                 db, entry, host_id=self.host_id, owner=self.owner, now=self.clock.now()
@@ -151,7 +152,7 @@ class TrustKeeper:
     # -- removing ------------------------------------------------------------------------------
 
     def entries_of(self, run: Run) -> Callable[[Database], list[TrustEntry]]:
-        """Return a function that reads a run's entries; none if a newer epoch owns the run."""
+        """Return a function that reads a run's entries, or none if a newer epoch owns the run."""
         return lambda db: trust.entries_of_run(db, self.host_id, run.run_id, owner=self.owner)
 
     def remove_run(self, run: Run) -> TrustClearing:
@@ -167,7 +168,7 @@ class TrustKeeper:
         """Return the files of this host with entries that no run needs any more.
 
         Args:
-            every: whether to include files whose next check is not due yet.
+            every: whether to include files whose next check is due later.
         """
         now = None if every else self.clock.now()
         places = self.store.read(lambda db: trust.stale_files(db, self.host_id, now=now))
@@ -206,7 +207,7 @@ class TrustKeeper:
     ) -> TrustClearing:
         """Remove from one file the entries that no run needs any more.
 
-        A failure is returned, not raised; the entries that it concerns stay.
+        A failure is returned, not raised. Entries that could not be removed stay recorded.
         """
         cleared, after = TrustClearing(), None
         now = None if every else self.clock.now()
@@ -251,8 +252,8 @@ class _Addition:
     def begin(self, place: str | None) -> None:
         """Read once which entries of the file belong to this service.
 
-        They are not read again after `record`. Otherwise an entry that a user has added meanwhile
-        would count as the service's.
+        The entries are not read again after `record`. Otherwise an entry that a user has added
+        meanwhile would count as the service's.
         """
         self._place = place or ""
         self._recorded = self.keeper.recorded_entries(self.file, self._place)
@@ -262,7 +263,7 @@ class _Addition:
         return config_files.editor_of(self.cli).add(text, self.folder, self._recorded)
 
     def record(self, edit: Edit) -> None:
-        """Record the entry."""
+        """Record the entry in the store."""
         self.keeper.record(
             TrustEntry(
                 file=self.file,
@@ -283,7 +284,7 @@ class _Removal:
 
     Attributes:
         find: reads the entries to remove.
-        only_stale: whether an entry stays if a run needs it again meanwhile.
+        only_stale: whether the row of an entry that a run needs again stays unchanged.
         limit: the most entries that `find` reads; None: all.
         last: the position from which the next read continues; None: there are no more entries.
     """
@@ -297,9 +298,9 @@ class _Removal:
     _place: str | None = field(default=None, init=False)
 
     def run(self, lock_wait_s: float) -> TrustClearing:
-        """Remove the entries, and return what was removed and what failed.
+        """Remove the entries, and return the removed entries and the failures.
 
-        The entries that a failure concerns stay.
+        Entries that could not be removed stay recorded.
         """
         try:
             removed = files.edit(
@@ -323,8 +324,8 @@ class _Removal:
     def decide(self, text: bytes | None) -> FileRemoval:
         """Return the edit that removes the entries from the file.
 
-        Each call reads the entries again, under the lock, because a run that was reopened meanwhile
-        keeps its entry.
+        Each call reads the entries again, under the file's lock, because the entry of a run that
+        was reopened meanwhile must stay.
         """
         found = self.keeper.store.read(self.find)
         self.last = found[-1].after if len(found) == self.limit else None
@@ -356,9 +357,9 @@ def _log(removals: Iterable[TrustRemoval]) -> None:
 
 
 def trust_problem(cli: str, env: Mapping[str, str]) -> str | None:
-    """Return why a CLI with this environment cannot be made to trust a folder; None: it can.
+    """Return why a CLI with this environment cannot be made to trust a folder, or None if it can.
 
-    Nothing is changed.
+    This only checks, and changes nothing.
     """
     try:
         file = config_files.config_file(config_files.AgentCli(cli), env)
@@ -384,7 +385,7 @@ def _read(file: Path) -> bytes | None:
 
 
 def _demand_usable_names(file: str, folder: str) -> None:
-    """Raise FolderUnusable if a path cannot be written into a CLI's file or the store."""
+    """Raise FolderUnusable if one of the paths cannot be written into a CLI's file or the store."""
     check_folder(folder)
     check_folder(file)
     if len(os.fsencode(file)) + len(os.fsencode(folder)) > MOST_NAME_BYTES:

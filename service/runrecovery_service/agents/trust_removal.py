@@ -1,9 +1,10 @@
 """Decides which trust entries are removed from a file, and how their rows change.
 
 An entry counts as gone only if the file can be read and is the file to which the entry was added.
-Otherwise the file system may be unmounted, or an editor may have moved the file away. An entry that
-cannot be found then stays recorded, and is reported once. After a removal the file is checked
-again, because a CLI that had read the file before may write the entry back.
+Otherwise the file system could be unmounted, or an editor could have moved the file away. The entry
+then stays recorded, and is reported once, until the file has been missing for so long that it
+counts as gone. After a removal the file is checked again, because a CLI that had read the file
+before the removal can write the entry back.
 """
 
 from __future__ import annotations
@@ -26,17 +27,16 @@ log = structlog.get_logger()
 
 FIRST_CHECK: Final = timedelta(seconds=5)
 LAST_CHECK: Final = timedelta(seconds=60)
-"""The times after a removal at which the file is checked for an entry that was written back."""
+"""The two times after a removal at which the file is checked for an entry that was written back."""
 AWAY_CHECK: Final = timedelta(seconds=10)
-"""Time between two checks for a missing file or place."""
+"""Time between two checks for a missing file or file system."""
 RECORD_CHECK: Final = timedelta(seconds=60)
 """Time between two tries to remove an entry whose record is damaged, or whose removal has failed.
 """
 FILE_GONE: Final = timedelta(seconds=60)
-"""How long a file must be missing before it counts as gone, and not as being replaced."""
+"""How long a file must be missing before it counts as gone. Until then it may be being replaced."""
 PLACE_GONE: Final = timedelta(days=7)
-"""How long a place must be missing before it counts as gone: its file system will not be mounted
-again."""
+"""How long a file system must be missing before it counts as gone, and as never mounted again."""
 _BOM: Final = b"\xef\xbb\xbf"
 _AWAY_TEXTS: Final = {
     NotRemoved.PLACE: "its folder, or the lock next to it, does not exist",
@@ -50,6 +50,7 @@ class FileRemoval:
 
     Attributes:
         kept: one sentence for each newly found reason why entries could not be removed.
+        settlement: the changes of rows.
     """
 
     text: bytes | None
@@ -59,14 +60,14 @@ class FileRemoval:
 
     @property
     def changes_no_rows(self) -> bool:
-        """Whether there is nothing to record."""
+        """Whether no row needs a change."""
         return not self.settlement.forget and not self.settlement.marks
 
 
 def remove_entries(
     text: bytes | None, entries: Sequence[TrustEntry], *, place: str | None, now: datetime
 ) -> FileRemoval:
-    """Remove entries from the text of one file, as far as they are known to be in this file.
+    """Remove from the text of one file those entries that were certainly added to this file.
 
     Args:
         place: the identity of the file's lock, as in `TrustEntry.place`.
@@ -103,7 +104,7 @@ def _parse(entry: TrustEntry) -> tuple[config_files.AgentCli | None, Added | Non
 
 
 def parse_added(text: str) -> Added | None:
-    """Parse `TrustEntry.added`; a damaged text gives None."""
+    """Parse `TrustEntry.added`; return None for a damaged text."""
     try:
         return Added.from_json(text)
     except (ValueError, TypeError, RecursionError):
@@ -113,7 +114,7 @@ def parse_added(text: str) -> Added | None:
 def _away(
     entry: TrustEntry, added: Added, text: bytes | None, place: str | None
 ) -> NotRemoved | None:
-    """Return why the file may not be the one with the entry; None: it is."""
+    """Return why this could be another file than that of the entry; None if it is that file."""
     if entry.place != place:
         return NotRemoved.PLACE
     if text is not None and text.removeprefix(_BOM).strip():
@@ -152,7 +153,7 @@ class _FileRemovalBuilder:
     def add_missing(self, entry: TrustEntry, away: NotRemoved) -> None:
         """Keep the row of an entry whose file is missing, until the file counts as gone.
 
-        The row of an entry that was already removed is deleted.
+        If the entry was already removed, its row stays only for the checks after a removal.
         """
         if entry.removed_at is not None:
             self._check_again(entry, entry.removed_at)
@@ -184,7 +185,7 @@ class _FileRemovalBuilder:
     # -- entries that may be there -------------------------------------------------------------
 
     def remove(self, cli: config_files.AgentCli, entries: Mapping[TrustEntry, Added]) -> None:
-        """Remove entries of one CLI. A failing entry does not prevent the removal of the others.
+        """Remove entries of one CLI. An entry that fails does not prevent the removal of others.
 
         Raises:
             TrustFileUnusable: the text cannot be edited safely.
@@ -258,8 +259,8 @@ def _is_defect(error: TrustError) -> bool:
 def describe_error(file: str, error: Exception) -> str:
     """Return a sentence about the failure that names the file.
 
-    For errors that are not about the file, such as errors of a database driver, it has only the
-    name of the class.
+    For an error that is not about the file, such as an error of a database driver, the sentence has
+    only the name of the error's class.
     """
     text = str(error) if isinstance(error, TrustError | OSError) else type(error).__name__
     return text if file in text else f"{file}: {text}"

@@ -23,15 +23,15 @@ class Workspaces:
         self.runs = runs
 
     def attempt(self, run_key: int, attempt: int) -> Path:
-        """Return the folder with all files of an attempt; it may not exist yet."""
+        """Return the folder with all files of an attempt, which can be missing."""
         return self.runs / str(run_key) / str(attempt)
 
     def workspace(self, run_key: int, attempt: int) -> Path:
-        """Return the working directory of the agent; it may not exist yet."""
+        """Return the working directory of the agent, which can be missing."""
         return self.attempt(run_key, attempt) / "workspace"
 
     def output(self, run_key: int, attempt: int, channel: str = "stdout") -> Path:
-        """Return the file with the printed output of an attempt."""
+        """Return the file with the output that an attempt has printed on a channel."""
         return self.attempt(run_key, attempt) / f"{channel}.log"
 
     def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
@@ -43,15 +43,15 @@ class Workspaces:
         return self.attempt(run_key, attempt) / f"stdout-{turn}{REST_SUFFIX}"
 
     def permissions(self, run_key: int, attempt: int) -> Path:
-        """Return the folder for the files of the permission hook; it may not exist."""
+        """Return the folder for the files of the permission hook, which can be missing."""
         return self.attempt(run_key, attempt) / "permissions"
 
     def prepare(self, run_key: int, attempt: int, *, fresh: bool) -> Path:
         """Create the working directory of the agent, and return it. Blocks briefly.
 
         Args:
-            fresh: whether the attempt begins now. An existing folder then belongs to another run,
-                from before an older database was restored, and is renamed.
+            fresh: whether the attempt begins now. A folder that exists then is renamed: it belongs
+                to a run that is missing in the database since an older copy was restored.
         """
         folder = self.attempt(run_key, attempt)
         if fresh and folder.exists():

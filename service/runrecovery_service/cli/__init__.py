@@ -27,7 +27,7 @@ THREADS_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A subcommand: its module in this package, its name there, its line in the help."""
+    """A subcommand: its module in this package, its name in the module, its line in the help."""
 
     module: str
     name: str
@@ -102,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             click.echo(f"error: standard output: {failed}", err=True)
     drain_stderr()
     if _threads_hang():
-        os._exit(code or 0)  # Python would wait for them, perhaps without end
+        os._exit(code or 0)  # `sys.exit` would wait for the threads, perhaps without end
     sys.exit(code or 0)
 
 
 def _threads_hang() -> bool:
-    """Wait for the remaining threads; return whether one does not end, as on a hanging disk."""
+    """Wait for the remaining threads. Return True if one does not end, as on a hanging disk."""
     deadline = time.monotonic() + THREADS_S
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():

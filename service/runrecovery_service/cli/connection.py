@@ -1,4 +1,4 @@
-"""What commands that call a running service share: options, client, errors as exit codes."""
+"""Options, client and exit codes of the commands that call a running service."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ServiceConnection:
 
     Attributes:
         timeout_s: the deadline of one call.
-        as_json: print JSON lines for programs instead of text for people.
+        as_json: whether to print JSON lines for programs instead of text for people.
     """
 
     client: RunRecoveryClient
@@ -168,7 +168,7 @@ def with_service(
 
 
 def _connect(server: str, timeout_s: float, given: dict[str, Any]) -> RunRecoveryClient:
-    """Return a client for the options about TLS and the token. Remove them from `given`."""
+    """Remove the options about TLS and the token from `given`, and return a client with them."""
     named = {key: given.pop(f"tls_{key}") for key in ("ca", "certificate", "key", "server_name")}
     wants_tls, token_file = given.pop("tls"), given.pop("token_file")
     try:
@@ -181,7 +181,7 @@ def _connect(server: str, timeout_s: float, given: dict[str, Any]) -> RunRecover
 
 
 def _as_flags(text: str) -> str:
-    """Return a message of the client with the command's options instead of argument names."""
+    """Return a message of the client, with the names of options in place of argument names."""
     return {
         "give certificate and key, or neither": "give --tls-certificate and --tls-key, or neither"
     }.get(text, text.replace("give tls=", "give --tls-ca or --tls"))

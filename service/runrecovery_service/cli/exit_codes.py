@@ -48,15 +48,15 @@ class ExitCode(IntEnum):
     """Recovery failed as often as the configuration allows; the service never served."""
 
     CONTAINMENT = 11
-    """`containment = "strict"`, but the probe of the start did not prove it."""
+    """`containment = "strict"`, but the start could not prove that it finds hidden processes."""
 
     DENIED = 12
-    """The service does not know the caller, or the caller may not do this."""
+    """The service does not know the caller, or does not allow the caller to do this."""
 
     FENCED = 10
-    """A newer start of this instance has taken over, or may do so because the lease ran out."""
+    """A newer start of this instance has taken over, or could do so because the lease ran out."""
 
 
 def of_class(table: Mapping[type, ValueT], kind: type[Exception], *, otherwise: ValueT) -> ValueT:
-    """Return the value of an error class. A class that is not listed has its parent's value."""
+    """Return the value of an error class; for a class that is not listed, its parent's value."""
     return next((table[each] for each in kind.__mro__ if each in table), otherwise)

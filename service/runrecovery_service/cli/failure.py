@@ -13,8 +13,8 @@ from runrecovery_service.cli.plain_text import safe
 class Failure(click.ClickException):
     """Ends the command with one sentence on standard error, an optional hint, and an exit code.
 
-    With `closes_nothing` the process exits without the clean-up of the interpreter, which would
-    close database connections.
+    If `closes_nothing` is true, the process exits without the clean-up of the interpreter, because
+    the clean-up would close database connections.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ HINTS: Final[Mapping[type, str]] = {
 }
 
 CONFIGURATION_FILE: Final = f"{__name__}.configuration_file"
-"""Key in click's context: the configuration file that was read, or would have been."""
+"""Key in click's context: the configuration file, which can be missing."""
 LOAD: Final = f"{__name__}.load"
 """Key in click's context: a function that reads the settings again from the same sources."""
 
@@ -99,7 +99,7 @@ _STORE_OPTIONS: Final = (
 
 
 def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
-    """Add the options that locate the database to a command, and pass it the settings."""
+    """Add the options that locate the database to a command, and pass the settings to it."""
 
     @wraps(function)
     def call(**parameters: Any) -> ExitCode:  # click passes every parameter by its name

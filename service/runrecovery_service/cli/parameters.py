@@ -56,7 +56,7 @@ def _standard_input() -> str:
 
 
 def secret(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    """Return the only line of the named file, or of standard input for `-`."""
+    """Return the only line of the named file, or of standard input if the name is `-`."""
     if value is None:
         return None
     try:

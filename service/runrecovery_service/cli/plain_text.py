@@ -15,6 +15,6 @@ def safe(text: str) -> str:
 
 def _escape(char: str) -> str:
     code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python stands for the undecodable byte `code - 0xDC00`
+    if 0xDC80 <= code <= 0xDCFF:  # Python's replacement for the undecodable byte `code - 0xDC00`
         return f"\\x{code - 0xDC00:02x}"
     return char.encode("unicode_escape").decode()

@@ -23,7 +23,7 @@ from runrecovery_service.cli.plain_text import safe
 MessageT = TypeVar("MessageT", bound=Message)
 
 Columns: TypeAlias = Sequence[tuple[str, Callable[[MessageT], str]]]
-"""Heading and text of each column."""
+"""The heading of each column, and the function that returns its text for a row."""
 
 
 def json_line(message: Message) -> str:
@@ -37,14 +37,14 @@ def json_line(message: Message) -> str:
 
 
 def word(message: Message, field: str) -> str:
-    """Return the name of an enum field's value without the common prefix."""
+    """Return the name of an enum field's value without the prefix that all values share."""
     kind = message.DESCRIPTOR.fields_by_name[field].enum_type
     if kind is None:
         raise TypeError(f"{field} is not an enum field")
     number = getattr(message, field)
     value = kind.values_by_number.get(number)
     if value is None:
-        return str(number)  # from a newer service
+        return str(number)  # the value is from a newer service
     name: str = value.name
     return name.removeprefix(kind.values_by_number[0].name.removesuffix("UNSPECIFIED"))
 
@@ -95,7 +95,7 @@ def print_table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> None:
     if sys.stdout.isatty():
         _draw(headings, cells)
         return
-    first = next(cells, None)  # may raise: a call that fails prints no headings
+    first = next(cells, None)  # raises if the call fails: then no headings are printed
     click.echo("\t".join(headings))
     for line in () if first is None else chain([first], cells):
         click.echo("\t".join(line))

@@ -48,11 +48,11 @@ INTERACTION_COLUMNS: Final[Columns[run_pb2.Interaction]] = (
 
 
 def _is_ending(run: run_pb2.Run) -> bool:
-    """True while a cancel is being carried out."""
+    """Return True while an accepted cancel is being carried out."""
     return run.cancel_requested and not run.HasField("ended_at")
 
 
-def _if_set(message: Any, field: str) -> str:  # Any: of each message other names are valid
+def _if_set(message: Any, field: str) -> str:  # Any: the names of fields depend on the message
     return time(getattr(message, field)) if message.HasField(field) else ""
 
 

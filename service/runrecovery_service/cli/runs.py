@@ -28,7 +28,7 @@ _DID_NOT_SUCCEED: Final = frozenset({run_pb2.RUN_STATUS_FAILED, run_pb2.RUN_STAT
 
 
 UNSENDABLE: Final = (ValueError, RecursionError, DecodeError)
-"""Errors of a JSON value that cannot be sent: a number, a text, or its depth."""
+"""Errors of a JSON value that cannot be sent because of a number, a text or its depth."""
 
 
 def describe_unsendable(error: Exception) -> str:

@@ -61,11 +61,11 @@ class _Messages(io.FileIO):
 
 
 def prepare() -> None:
-    """Make the three streams usable.
+    """Open the standard streams that are closed, and prepare the others.
 
-    If a stream is closed, its descriptor number would go to the next file or socket, and messages
-    would be written there. So /dev/null gets this number, opened for the wrong direction: every
-    read or write then fails.
+    Otherwise the next file or socket would get the descriptor number of a closed stream, and
+    messages would be written into this file. So /dev/null gets this number, opened for the wrong
+    direction: every read or write of the stream then fails.
     """
     for descriptor, flags in _WRONG_WAY.items():
         try:
@@ -86,16 +86,16 @@ def write_messages_in_background() -> None:
 
 
 def _make_non_blocking(descriptor: int) -> None:
-    """Make writes of C libraries to the descriptor lose text instead of blocking.
+    """Make the descriptor non-blocking, so that writes of C libraries lose text and never block.
 
-    A pipe or terminal is opened again for this, because other processes may share it.
+    A pipe or terminal is opened again for this, because other processes can share the old one.
     """
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(kind):
         os.set_blocking(descriptor, False)
     elif stat.S_ISFIFO(kind) or os.isatty(descriptor):
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        with suppress(OSError):  # nobody reads it, or another user owns it; then it stays blocking
+        with suppress(OSError):  # no reader, or another owner: writes stay blocking
             reopened = os.open(f"/proc/self/fd/{descriptor}", flags)
             os.dup2(reopened, descriptor)
             os.close(reopened)
@@ -105,6 +105,6 @@ def _text(raw: io.FileIO, *, like: TextIO | None) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=like.encoding if like is not None else "utf-8",
-        errors="backslashreplace",  # shows characters that the encoding lacks
+        errors="backslashreplace",  # for characters that the encoding lacks
         line_buffering=raw.fileno() == STDERR or raw.isatty(),
     )

@@ -21,7 +21,7 @@ def default_capacity(cores: int, memory_bytes: int) -> int:
 
 @cache
 def machine_capacity() -> int:
-    """Return `default_capacity` for the CPUs and the memory that this process may use."""
+    """Return `default_capacity` for the CPUs and the memory that this process is allowed to use."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     own = Path("/proc/self/cgroup")
     group = own.read_text(encoding="utf-8") if own.exists() else ""
@@ -34,14 +34,14 @@ def machine_capacity() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CgroupLimits:
-    """The limits of a cgroup (v2) and its parents; None: no limit."""
+    """The tightest limits of a cgroup (v2) and its parents. A limit of None: no limit."""
 
     cores: int | None
     memory_bytes: int | None
 
 
 def cgroup_limits(membership: str, root: Path) -> CgroupLimits:
-    """Return the tightest limits from the cgroup of a process up to the root.
+    """Return the tightest limits of the cgroup of a process and of all its parents.
 
     Args:
         membership: the text of `/proc/<pid>/cgroup`.

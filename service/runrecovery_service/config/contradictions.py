@@ -17,8 +17,8 @@ def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[st
     """Yield the problems of values that are valid alone but contradict each other.
 
     Args:
-        places: the source and name of each key, for messages. A key that is not among them is
-            named without a source.
+        places: how a message names a key and its source, by key. Any other key is named without a
+            source.
     """
     yield from _reachable_addresses(settings, places)
     yield from _http_contradictions(settings, places)

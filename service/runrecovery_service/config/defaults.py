@@ -1,4 +1,4 @@
-"""Defaults that the service and the command of its clients share. Importing it costs nothing."""
+"""Defaults that the service and its command-line client share. This module imports little."""
 
 from __future__ import annotations
 

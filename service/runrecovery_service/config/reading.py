@@ -60,7 +60,8 @@ class ConfigError(Exception):
     """The configuration is refused.
 
     Attributes:
-        problems: one sentence each, which begins with its source and key; never a secret.
+        problems: one sentence for each problem, which begins with the source and the key. No
+            sentence has a secret.
     """
 
     def __init__(self, problems: tuple[str, ...]) -> None:
@@ -94,7 +95,7 @@ def load(
             `runrecovery.toml` in the working directory if that file exists.
         flags: values of flags by key; None is the value of a flag that was not given.
         environ: the environment of the process.
-        waits: accept a pipe as the file. Reading from a pipe can block for ever.
+        waits: whether the file can be a pipe, although reading from a pipe can block for ever.
 
     Raises:
         ConfigError: any source is invalid; the error lists every problem of all sources.
@@ -180,7 +181,7 @@ def _variable(key: str) -> str:
 
 
 def _from_text(text: str, key: str) -> object:
-    """Return the text of a variable as the type of its key, or unchanged if that is impossible."""
+    """Convert the text of a variable to the type of its key; return the text if that fails."""
     default = _defaults()[key]
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(text, text)
@@ -265,7 +266,7 @@ def _tables(
     """Read a list of tables.
 
     Args:
-        check: yields the problems of the valid tables together.
+        check: yields the problems that the valid tables have in combination.
     """
     if not isinstance(value, list):
         raise InvalidValue(f"must be a list of tables, each under [[{key}]]")
@@ -411,7 +412,7 @@ def _structure(kind: type[T], table: Mapping[str, object]) -> T:
 def _read_table(
     kind: type, table: Mapping[str, object]
 ) -> tuple[dict[str, Any], list[InvalidValue]]:
-    """Return the valid values of a table, and its problems."""
+    """Return the valid values of a table, and the problems of all other values."""
     read: dict[str, Any] = {}  # Any: each value has the type of its key
     problems: list[InvalidValue] = []
     readers = _readers(kind)

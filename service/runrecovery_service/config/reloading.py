@@ -13,7 +13,7 @@ from runrecovery_service.lazy_dataclass import dataclass
 RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines", "webhooks"})
 """The keys that a reload applies. All others need a restart."""
 NEVER_EMPTIED: Final = frozenset({"callers", "engines"})
-"""The keys from which a reload does not remove the last table. A file without any is probably still
+"""The keys whose last table a reload never removes. A file without such a table is probably still
 being written."""
 
 
@@ -24,7 +24,7 @@ class ReloadPlan:
     Attributes:
         settings: the settings after the reload.
         changed: the keys that the reload changes.
-        needs_restart: the keys that have changed in the configuration, and need a restart.
+        needs_restart: the changed keys that the reload leaves as they are, until a restart.
     """
 
     settings: Settings
@@ -33,7 +33,7 @@ class ReloadPlan:
 
 
 def plan_reload(present: Settings, read: Settings) -> ReloadPlan:
-    """Plan the reload of a configuration that was read.
+    """Return the plan for a reload from the present settings to the settings that were `read`.
 
     Raises:
         ConfigError: the keys to apply contradict the present values of keys that need a restart.

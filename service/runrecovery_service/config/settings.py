@@ -47,7 +47,7 @@ class ClientAuth(StrEnum):
 
 
 class RoleName(StrEnum):
-    """The configured name of a role. `domain/role.py` defines what each role may do."""
+    """The configured name of a role. `domain/role.py` defines the rights of each role."""
 
     VIEWER = "viewer"
     REPLIER = "replier"
@@ -56,7 +56,7 @@ class RoleName(StrEnum):
 
 
 class PermissionPolicy(StrEnum):
-    """The decision maker for calls of tools by an agent CLI."""
+    """Who decides whether an agent CLI runs a tool that it calls."""
 
     CLI = "cli"
     """The CLI itself, by its options and settings."""
@@ -78,21 +78,21 @@ class EngineSettings:
     """One `[engines.NAME]` table.
 
     Attributes:
-        preset: an agent CLI: `"codex"`, `"gemini"` or `"claude"`. The service speaks its protocol,
-            and the preset gives command, profile, env_allow and trust their defaults. Without a
-            preset the engine speaks the JSON-lines protocol.
+        preset: an agent CLI: `"codex"`, `"gemini"` or `"claude"`. The service speaks the protocol
+            of the CLI, and the preset sets defaults for command, profile, env_allow and trust.
+            Without a preset the engine speaks the JSON-lines protocol.
         command: the words of the command, the program first; no shell reads them. A preset
             appends its own arguments.
         profile: how the runs of the engine wait for their user: `"resumable"` or
             `"sticky_process"`.
-        agent_home: the folder of the preset's CLI for its configuration and its sessions. Without
-            this key the variable or the default of the CLI applies.
+        agent_home: the folder in which the preset's CLI keeps its configuration and sessions.
+            Without this key the CLI's environment variable or default sets the folder.
         trust: the CLI that trusts the workspace of each run while the run is alive: `"codex"`,
             `"gemini"`, `"claude"`, or `"none"`.
-        permissions: who decides whether the CLI may run a tool. `"cli"`: the CLI, by its own
-            options and settings. `"ask"`: the user; calls that match `ask_for` end the turn with a
-            question.
-        ask_for: patterns of calls of tools: `"NAME"` or `"NAME(ARGUMENT)"`, with `*` for any
+        permissions: who decides whether the CLI runs a tool. `"cli"`: the CLI, by its own options
+            and settings. `"ask"`: the user, for calls that match `ask_for`; such a call ends the
+            turn with a question.
+        ask_for: patterns of tool calls: `"NAME"` or `"NAME(ARGUMENT)"`, with `*` for any
             characters.
         env_allow: the environment variables of the service that processes of the engine inherit.
         max_concurrent: processes of the engine at one time; without this key only the limit of
@@ -101,26 +101,26 @@ class EngineSettings:
             handle) as placeholders. A restart checks whether this file exists.
         unknown_session: what a restart does with a run whose session it cannot check: `"keep"`
             waiting, or `"fail"` as if the session were lost.
-        session_timeout_s: how long a question waits if it is the question of a sticky process,
-            which is then killed, or if `require_user_reply` is false.
-        require_user_reply: false: a question that waited for `session_timeout_s` is decided
-            automatically, and the run continues.
+        session_timeout_s: how long a question of a sticky process waits before the process is
+            killed, and how long any question waits if `require_user_reply` is false.
+        require_user_reply: if this is false, a question that waited for `session_timeout_s` is
+            decided automatically, and the run continues.
         restart_policy: what a restart does with a queued or running run of the engine, unless
             CreateRun sets a policy: `"fail"`, `"requeue"` (start again from the
             beginning) or `"resume"` (the agent completes its turn in its session, and gets a
             notice of the interruption).
-        max_resumes: how often one turn may be resumed after an interruption.
-        resumes_interrupted: the engine understands a `resume` message with `interrupted`. With a
-            preset the default is true.
+        max_resumes: how often one turn can be resumed after interruptions.
+        resumes_interrupted: whether the engine understands a `resume` message with `interrupted`.
+            With a preset the default is true.
         max_run_time_s: the time from the first launch, waits included, after which a run fails.
-            Without this key a run may take any time.
-        max_tokens: tokens that a run may use, input and output together. At this limit it fails.
+            Without this key a run can take any time.
+        max_tokens: the tokens, of input and output together, at which a run fails.
         max_cost_usd: the cost at which a run fails, as its agent reports it.
         nice: the niceness of processes, added to that of the service.
         max_memory: private writable memory of each process (RLIMIT_DATA), in bytes or "512M".
         max_open_files: descriptors of each process (RLIMIT_NOFILE).
-        max_processes: processes and threads of the service's user as a whole (RLIMIT_NPROC; root
-            is not limited).
+        max_processes: processes and threads of the service's user, counted over the whole machine
+            (RLIMIT_NPROC; root is not limited).
     """
 
     command: Annotated[tuple[str, ...], values.command]
@@ -154,9 +154,9 @@ class TlsSettings:
 
     Attributes:
         certificate: the certificate of the service in PEM, followed by the intermediate ones.
-        key: its private key in PEM, without a password.
+        key: the private key of the certificate in PEM, without a password.
         client_ca: the certificates in PEM that sign the certificates of clients.
-        client_auth: `"require"`: a client needs a certificate that `client_ca` has signed.
+        client_auth: with `"require"`, a client needs a certificate that `client_ca` has signed.
     """
 
     certificate: Annotated[Path, values.path]
@@ -167,21 +167,22 @@ class TlsSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallerSettings:
-    """One `[[callers]]` table. A token or a certificate is enough.
+    """One `[[callers]]` table. A caller is recognised by a token or by a certificate.
 
     Attributes:
         name: recorded with everything that the caller changes.
-        role: what the caller may do: `"viewer"`, `"replier"`, `"creator"` or `"operator"`.
+        role: the rights of the caller: `"viewer"`, `"replier"`, `"creator"` or `"operator"`.
         token_sha256: the SHA-256 of the token in hexadecimal, or a list of at most two, so that a
             token can be replaced.
         token_file: a file with one token, or two, each on its own line; instead of `token_sha256`.
         certificate_name: a URI or DNS name in the caller's certificate, or the common name of a
             certificate that has neither.
-        engines: the engines whose runs the caller may create, see and change. Without this key all.
+        engines: the engines whose runs the caller is allowed to create, see and change. Without
+            this key the runs of all engines.
         max_calls: calls and streams of the caller at one time. Without this key only the limits of
             the service apply.
-        max_calls_per_s: calls and streams that the caller may begin in a second. Without this key
-            as many as it likes.
+        max_calls_per_s: calls and streams that the caller can begin in a second. Without this key
+            there is no limit.
     """
 
     name: Annotated[str, values.name]
@@ -229,9 +230,9 @@ class WebhookSettings:
         secret_file: a file with the secret on a line of its own, or with at most two secrets:
             `whsec_…`, as Standard Webhooks defines it.
         events: `"WAITING_USER"`, `"ENDED"`, `"RECOVERED"`.
-        engines: the engines whose runs send events. Without this key all.
-        allow_private: private addresses and networks that may be called; true: all.
-        insecure_http: allow plain HTTP to public addresses.
+        engines: the engines whose runs send events. Without this key the runs of all engines do.
+        allow_private: private addresses and networks to which requests are allowed; true: all.
+        insecure_http: whether plain HTTP to public addresses is allowed.
         ca_file: certificates in PEM that sign the certificate of the host. Without this key the
             service uses the certificates of the system.
         timeout_s: the time limit of one try.
@@ -272,20 +273,22 @@ class Settings:
 
     Attributes:
         listen: HOST:PORT (port 0: any free one), [IPV6]:PORT or unix:PATH.
-        insecure_listen: allow a `listen` or `http_listen` that other machines can reach without
-            TLS or callers.
+        insecure_listen: whether `listen` and `http_listen` can be addresses that other machines
+            reach without TLS or callers.
         probe_listen: HOST:PORT that answers health checks only, in plaintext. Empty: none.
         metrics_listen: HOST:PORT where Prometheus reads metrics, in plaintext. Empty: no metrics.
         http_listen: HOST:PORT of the contract as JSON over HTTP, and of the console. Empty: none.
-        http_origins: origins whose pages may call the contract in a browser.
-        http_hosts: names by which clients may address `http_listen`, beside its own and localhost.
-        console: pages for people on `http_listen`.
-        data_dir: outputs, workspaces, the lock, and the SQLite database unless `database` names
-            another place.
-        runs_dir: the folders of the runs; empty: `runs` in `data_dir`.
-        database: empty: SQLite in `data_dir`; else `postgresql://…` or `sqlite:///path`.
-        database_direct: a `postgresql://…` URL of the same database that leads around a pooler.
-        instance: the name of this copy of the service; a start recovers the runs of its name.
+        http_origins: origins whose pages are allowed to call the contract in a browser.
+        http_hosts: further names under which clients can address `http_listen`, in addition to
+            its own host and localhost.
+        console: whether `http_listen` has pages for people.
+        data_dir: the folder of outputs, workspaces, the lock, and the SQLite database unless
+            `database` names another place.
+        runs_dir: the folder with the folders of the runs; empty: `runs` in `data_dir`.
+        database: `postgresql://…` or `sqlite:///path`; empty: SQLite in `data_dir`.
+        database_direct: a `postgresql://…` URL by which the same database is reached without its
+            connection pooler.
+        instance: the name of this copy of the service. A start recovers the runs of this name.
         max_concurrent: the most processes at one time; 0: computed from the cores and the memory
             of the machine.
         max_queued: the most runs that wait for a slot. A further one is refused as OVERLOADED.
@@ -301,23 +304,23 @@ class Settings:
             store keeps its question and handle for this time.
         cancel_grace_s: seconds from SIGTERM to SIGKILL when the service ends a process: after a
             cancel, a deadline or an error of the agent, and at a stop.
-        exit_grace_s: the longest time from a question, a result or a closed stdout to the exit of
-            the process. A process that lives longer is killed.
-        finish_s: at a stop, time that turns under way have to end by themselves; then they are
+        exit_grace_s: the longest time to the exit of the process, from its last line after a
+            question or result, or from a closed stdout. A process that lives longer is killed.
+        finish_s: at a stop, how long running turns have to end by themselves before they are
             interrupted. Nothing is launched meanwhile.
         drain_delay_s: seconds from NOT_SERVING until the service refuses calls, for load
             balancers.
-        stop_grace_s: time that calls in progress have to finish at a stop.
+        stop_grace_s: how long calls in progress have to finish at a stop.
         orphan_grace_s: seconds from SIGTERM to SIGKILL for processes of earlier epochs.
         orphan_deadline_s: the time limit to kill all processes of earlier epochs. Survivors are
             reported. A planned stop has this time after `cancel_grace_s`, for the processes of
             its own epoch.
-        shared_workspaces: every instance on the PostgreSQL database has the same `runs_dir` and the
-            same homes of agent CLIs, so that a takeover can resume sessions.
+        shared_workspaces: whether every instance on the PostgreSQL database has the same `runs_dir`
+            and the same homes of agent CLIs, so that a takeover can resume sessions.
         host_return_s: without shared workspaces, how long a run whose session is on the host of a
             dead instance waits for that host.
         recovery_batch_rows: the most runs that one transaction of a recovery decides.
-        recovery_batch_s: the duration that such a transaction should have.
+        recovery_batch_s: the intended duration of such a transaction.
         recovery_tries: failed recoveries after which the service exits.
         recovery_backoff_s: the pause after the first failed recovery. Each further pause is twice
             as long.
@@ -334,12 +337,12 @@ class Settings:
         log_level: `debug`, `info`, `warning` or `error`.
         log_format: `auto`, `json` or `console`.
         tls: encrypts `listen`. Without it connections are not encrypted.
-        public_reflection: reflection needs no caller.
-        callers: the callers and their roles. Without any, every connection may make every call.
+        public_reflection: whether connections without a known caller can use reflection.
+        callers: the callers and their roles. Without callers every connection can make every call.
         retention: how long ended runs and their files are kept. Without it they are kept for
             ever.
         traces: the collector of spans. Without it no spans are made.
-        engines: the engines that runs may use, by name.
+        engines: the engines that runs can use, by name.
         webhooks: addresses that get events of runs.
     """
 
@@ -404,6 +407,6 @@ class Settings:
 
 
 TABLES: Final = frozenset({"tls", "callers", "retention", "traces", "engines", "webhooks"})
-"""The keys with tables of their own, which only a file can hold."""
+"""The keys whose values are tables, which only a file can hold."""
 SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name not in TABLES)
-"""The keys that a flag or an environment variable may set."""
+"""The keys that a flag or an environment variable can set."""

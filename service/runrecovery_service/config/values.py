@@ -169,7 +169,7 @@ def one_of(kind: type[E]) -> Reader[E]:
 
 
 def database(value: object) -> str:
-    # No message quotes the value: the value may hold a password.
+    # No message quotes the value, because the value can contain a password.
     url = text(value)
     if url.startswith("sqlite://") and not re.match(r"sqlite:///[^?#]", url):
         raise InvalidValue("SQLite is sqlite:///relative/path or sqlite:////absolute/path")
@@ -216,8 +216,7 @@ def _is_socket_file(address: str) -> bool:
 def is_loopback(address: str) -> bool:
     """Return whether only this machine can reach a valid listen address.
 
-    A host name other than `localhost` counts as reachable from elsewhere, whatever the name
-    resolves to.
+    Every host name except `localhost` counts as reachable from other machines. It is not resolved.
     """
     if _is_socket_file(address):
         return True
@@ -249,7 +248,8 @@ def command(value: object) -> tuple[str, ...]:
         raise InvalidValue("must name a program")
     if "" in words:
         raise InvalidValue("must not be empty", below=f"[{words.index('')}]")
-    if "/" in words[0] and not words[0].startswith("/"):  # it would start from a run's workspace
+    # A relative path would start from the workspace of a run.
+    if "/" in words[0] and not words[0].startswith("/"):
         raise InvalidValue(
             f'must be an absolute path, or a name without "/" that is found in PATH, not'
             f" {quote(words[0])}",
@@ -271,7 +271,7 @@ def names(value: object) -> tuple[str, ...]:
 
 
 def token_digests(value: object) -> tuple[str, ...]:
-    # No message quotes the value: it may be a token by mistake.
+    # No message quotes the value, which can be a token by mistake.
     found = (value,) if isinstance(value, str) else strings(value)
     if not 1 <= len(found) <= MAX_TOKENS:
         raise InvalidValue(f"must be one digest, or a list of at most {MAX_TOKENS}")
@@ -393,7 +393,7 @@ def ratio(value: object) -> float:
 
 
 def _http_url(value: object, *, instead: str) -> str:
-    # No message quotes the value: path and query of a webhook may be secret.
+    # No message quotes the value, because path and query of a webhook can be secret.
     url = filled(value)
     if not _URL.fullmatch(url):
         raise InvalidValue("must be a URL of at most 2048 visible ASCII characters")

@@ -14,7 +14,7 @@ each event."""
 
 
 def webhook_contradictions(settings: WebhookSettings) -> Iterator[InvalidValue]:
-    """Yield the problems of one webhook."""
+    """Yield the contradictions between the values of one webhook."""
     if not settings.url.startswith("http:"):
         return
     if not settings.allow_private and not settings.insecure_http:
@@ -24,7 +24,7 @@ def webhook_contradictions(settings: WebhookSettings) -> Iterator[InvalidValue]:
 
 
 def webhooks_together(webhooks: Sequence[WebhookSettings]) -> Iterator[InvalidValue]:
-    """Yield the problems of all webhooks together."""
+    """Yield the problems of the list of webhooks, such as a repeated name."""
     names = [webhook.name for webhook in webhooks]
     for _ in {name for name in names if names.count(name) > 1}:
         yield InvalidValue("two webhooks have the same name")

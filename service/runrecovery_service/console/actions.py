@@ -29,7 +29,7 @@ Change: TypeAlias = Callable[[str, str], Awaitable[None]]
 
 
 _CHANGED: Final = {grpc.StatusCode.ABORTED, grpc.StatusCode.FAILED_PRECONDITION}
-"""The codes of a call that came too late: the run has changed."""
+"""The codes of a call that came too late, because the run has changed."""
 
 
 _WRITTEN: Final = frozenset({"text", "reason", "input", *(f"field-{at}" for at in range(100))})
@@ -124,7 +124,7 @@ class Actions:
     ) -> Response | None:
         if not is_own_form(request.headers, visitor, given.get(FORM_FIELD, "")):
             return self._site.renderer.page("refused", visitor, 403, text=FORGED)
-        if not visitor.name and not may:  # with callers, the guard of the contract refuses
+        if not visitor.name and not may:  # with callers, the call itself is refused
             return self._site.renderer.page("refused", visitor, 403, text=READ_ONLY)
         return None
 
@@ -165,7 +165,7 @@ async def _send_answer(contract: Contract, run_id: str, given: Mapping[str, str]
 
     Raises:
         AnswerProblem: the form is incomplete.
-        CallFailed: also when the question of the form is not the open one.
+        CallFailed: the call failed, or the question of the form is not open any more.
     """
     run = await contract.get_run(run_id)
     pending = run.pending_interaction
@@ -192,7 +192,7 @@ async def _late_answer(contract: Contract, run_id: str, given: Mapping[str, str]
 
 
 def _is_same_answer(question: run_pb2.Interaction, given: Mapping[str, str]) -> bool:
-    """Return whether the accepted answer is the one of this form: a browser may send it twice."""
+    """Return whether the accepted answer is that of this form, which a browser can send twice."""
     asked = run_pb2.PendingInteraction(kind=question.kind, options=question.options)
     if question.HasField("tool_call"):
         asked.tool_call.CopyFrom(question.tool_call)
@@ -203,7 +203,7 @@ def _is_same_answer(question: run_pb2.Interaction, given: Mapping[str, str]) -> 
 
 
 def local_path(text: str) -> str:
-    """Return a path of this console; `/` for an address that leads elsewhere."""
+    """Return the text if it is a path of this console, else `/`, so that no link leads away."""
     parts = urlsplit(text)
     is_local = text.startswith("/") and not text.startswith(("//", "/\\")) and not parts.netloc
     return text if is_local and text.isprintable() and not parts.scheme else "/"

@@ -19,7 +19,7 @@ from runrecovery_service.rpc.json_values import write_value
 _RUNS: Final = "runrecovery.v1.RunService"
 _RECOVERY: Final = "runrecovery.v1.RecoveryService"
 MAX_EVENTS: Final = 100
-"""How many events of a run its page shows: the latest ones."""
+"""The page of a run shows at most this many events, the latest ones."""
 MAX_QUESTIONS: Final = 100
 MAX_PLANNED: Final = 50
 MAX_REPORTS: Final = 25
@@ -32,8 +32,8 @@ class RunEvents:
     """The latest events of a run, oldest first.
 
     Attributes:
-        sequence: the number of the latest event; it changes with every event.
-        is_cut: there were earlier events.
+        sequence: the number of the latest event. It rises with every event.
+        is_cut: whether the run had earlier events, which are missing here.
     """
 
     run: run_pb2.Run
@@ -195,7 +195,7 @@ class Contract:
         return answer.reconciliation
 
     async def recovered_runs(self, reconciliation_id: str) -> list[run_pb2.Run]:
-        """Return runs whose latest decision belongs to a report, one page at most."""
+        """Return the first page of the runs whose latest decision belongs to a report."""
         request = recovery_service_pb2.ListRecoveredRequest(
             filter=recovery_service_pb2.RecoveredFilter(reconciliation_id=reconciliation_id),
             page_size=MAX_PLANNED,
@@ -207,7 +207,7 @@ class Contract:
 
 
 def reason_of(error: CallFailed) -> str:
-    """Return the reason of a refused call, as docs/errors.md lists it; empty if there is none."""
+    """Return the reason of a refused call, by its name in docs/errors.md; empty if it has none."""
     for detail in error.details:
         reason = getattr(detail, "reason", "")
         if isinstance(reason, str) and reason:

@@ -19,9 +19,9 @@ POLL_S: Final = 1.0
 POLL_SHARE: Final = 20.0
 """The shortest pause after a read, as a multiple of the time that the read took."""
 RETRY_S: Final = 1.0
-"""Pause before a feed that failed is tried again."""
+"""Pause after a failed read of a feed."""
 ENDED_POLL_S: Final = 10.0
-"""Pause between two reads of a run that has ended: it can be reopened or removed."""
+"""Pause between two reads of an ended run, which can still be reopened or removed."""
 
 log = structlog.get_logger()
 
@@ -61,7 +61,7 @@ class _Feed:
         self._wake()
 
     async def wait(self, seconds: float) -> None:
-        """Return after a change, at the latest after a time."""
+        """Return after a change, or after this many seconds without a change."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
@@ -80,10 +80,10 @@ class Feeds:
     async def versions(
         self, key: FeedKey, contract: Contract, watch: Versions, beat_s: float
     ) -> AsyncGenerator[str, None]:
-        """Yield each version of a topic, and after `beat_s` without a change the current one again.
+        """Yield each version of the data. Without a change, repeat the current one every `beat_s`.
 
         Raises:
-            AccessEnded: the caller has lost the right to see the topic.
+            AccessEnded: the caller has lost the right to see the data.
         """
         feed = self._feeds.get(key)
         if feed is None:
@@ -107,7 +107,7 @@ class Feeds:
 
 
 async def _keep(feed: _Feed, contract: Contract, watch: Versions) -> None:
-    """Publish versions until the access has ended. After a failure of the service, try again."""
+    """Publish versions until the caller has lost the access. After any other failure, try again."""
     while True:
         try:
             async with aclosing(watch(contract)) as versions:
@@ -118,7 +118,7 @@ async def _keep(feed: _Feed, contract: Contract, watch: Versions) -> None:
                 feed.end()
                 return
             feed.publish("away")
-        except Exception:  # a defect must not leave the readers without news
+        except Exception:  # even a defect must not end the feed while pages are open
             log.exception("console.feed_failed")
             feed.publish("away")
         await asyncio.sleep(RETRY_S)
@@ -145,7 +145,7 @@ def polled(look: Callable[[Contract], Awaitable[str]]) -> Versions:
 
 
 def watched_run(run_id: str) -> Versions:
-    """Return the feed of a run. Its version is the number of the latest event."""
+    """Return the feed of a run, whose version is the number of the run's latest event."""
 
     async def versions(contract: Contract) -> AsyncGenerator[str, None]:
         while True:

@@ -17,8 +17,8 @@ class InstanceView:
     """An instance.
 
     Attributes:
-        slots: its slots as a bar: held, then free.
-        takeover: what happened to its runs after its death, in one sentence; empty for nothing.
+        slots: a bar of its slots: first those that runs hold, then the free ones.
+        takeover: which instance has taken it over or is taking it over; empty: none.
     """
 
     name: str
@@ -40,7 +40,7 @@ class InstanceView:
 
 
 def instance_view(instance: pb.Instance, now: datetime) -> InstanceView:
-    """Return an instance."""
+    """Return the fields of an instance as its page shows them."""
     free = max(instance.max_running - instance.slots_held, 0)
     return InstanceView(
         name=instance.name,

@@ -1,8 +1,8 @@
 """The streams of server-sent events that keep pages up to date.
 
 A stream sends the current version of the data on its page. A page that shows another version loads
-itself again. So no change is missed between the load of the page and the start of its stream, or
-while the service was down.
+itself again. So the page misses no change, neither before its stream begins nor while the service
+is down.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ BEAT_S: Final = 10.0
 works."""
 MAX_STREAMS: Final = 1000
 MAX_STREAMS_OF_CALLER: Final = 100
-"""The most streams of one caller. They share their calls of the contract, so `max_calls` does not
-bound them."""
+"""The most streams of one caller. Streams share their calls of the contract, so `max_calls` does
+not limit the streams."""
 
 
 def service_version(status: GetRecoveryStatusResponse) -> str:
-    """Return the version of pages about the service: from its state and the recovery's progress."""
+    """Return the version of pages about the service: its state and its recovery's progress."""
     report = status.reconciliation
     return (
         f"{status.instance}-{status.epoch}-{status.state}-{report.reconciliation_id}"

@@ -1,4 +1,4 @@
-"""The output of a run as text: its last part for a page, and what follows."""
+"""The output of a run as text: one part for a page, and then the output that is added."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class OutputView:
     Attributes:
         start, end: the range of bytes that is shown. A stream continues at `end`.
         earlier: the start of the part before this one; None if there is none.
-        later: whether there is output after `end` now.
-        problem: why the output cannot be shown; empty if it can, or if there is none yet.
+        later: whether there was output after `end` when the page was made.
+        problem: why the output cannot be shown; empty if it can be shown, or if it is empty.
     """
 
     channel: str
@@ -144,7 +144,7 @@ class _Source:
         return _Part(data[:WINDOW_BYTES], start, attempt, truncated, has_more)
 
     async def last_part(self) -> _Part:
-        """Return the end of the output. Its length is found by a search: no call returns it."""
+        """Return the end of the output. Search for its position, which no call returns."""
         part = await self.part(0)
         if not part.has_more:
             return part
@@ -175,9 +175,9 @@ class _Source:
 async def follow_output(
     contract: Contract, run_id: str, channel: str, *, attempt: int, start: int
 ) -> AsyncGenerator[tuple[Markup, int], None]:
-    """Yield output from a position as HTML, and the position after it, line by line.
+    """Yield output after `start` as HTML, line by line, each line with the position after it.
 
-    Ends when the run has ended or a later attempt has begun.
+    The generator ends when the run has ended or a later attempt has begun.
     """
     request = run_service_pb2.StreamOutputRequest(
         run_id=run_id, channel=CHANNELS[channel], attempt=attempt, offset=start, follow=True

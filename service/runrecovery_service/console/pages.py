@@ -50,7 +50,7 @@ class Site:
         self._calls = calls
 
     def contract_of(self, visitor: Visitor) -> Contract:
-        """Return the calls that a visitor may make."""
+        """Return the contract as a visitor can call it."""
         return Contract(self._calls, visitor.origin)
 
     async def visitor_of(self, request: Request) -> Visitor | None:
@@ -61,7 +61,7 @@ class Site:
         return visitor
 
     async def record_wrong_token(self, request: Request, token: str) -> None:
-        """Log a wrong token as that of a call, and return late if there are many of them."""
+        """Log a wrong token like that of a call. Return with a delay if there are many of them."""
         contract = Contract(self._calls, self.visitors.origin_of(request, token or "none"))
         with suppress(CallFailed):
             await contract.status()
@@ -88,8 +88,8 @@ class Site:
         """Return the page for a call that failed.
 
         Args:
-            is_form: the call was made for a form, so the page cannot be loaded again.
-            written: what a person had written into the form.
+            is_form: whether the call was made for a form, so that the page cannot be loaded again.
+            written: the text that a person had written into the form.
         """
         status, title, advice = _FAILURES.get(error.code, _UNEXPECTED)
         is_away = error.code is grpc.StatusCode.UNAVAILABLE and not is_form
@@ -125,8 +125,8 @@ class Site:
 
     def _login_first(self, request: Request) -> Response:
         if request.method == "GET" and request.headers.get("sec-fetch-site") == "cross-site":
-            # A browser does not send the cookie with a link of another site. It does send it when
-            # this page loads itself again.
+            # A browser sends no cookie when a person follows a link on another site. When this page
+            # loads itself again, the browser sends the cookie.
             return self.renderer.page("continue", None, reload_s=1)
         there = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         query = f"?{urlencode({'next': there})}" if request.method == "GET" and there != "/" else ""
@@ -214,14 +214,14 @@ class RunPages:
         problem: str = "",
         draft: Draft | None = None,
     ) -> Response:
-        """Show a run, and the error of the form that was sent, if there was one."""
+        """Show a run. If a form was refused, show the problem and the draft of the form too."""
         run_id = request.path_params["run_id"]
         if not is_run_id(run_id):
             return self._site.not_found(visitor)
         query = request.query_params
         channel = query.get("channel", "") if query.get("channel") in CHANNELS else "stdout"
         start = output_offset(query.get("from"))
-        # One after another: a caller may have only few calls at a time (`max_calls`).
+        # One after another, because `max_calls` can allow a caller only one call at a time.
         seen = await contract.run_events(run_id)
         questions = await contract.list_interactions(run_id)
         explained = await contract.explain(run_id)

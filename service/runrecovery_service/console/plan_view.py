@@ -22,7 +22,7 @@ _LOSES_WORK: Final = {
 
 @dataclass(frozen=True, slots=True)
 class PlanGroup:
-    """Runs that a restart would treat alike. `running`: how long their processes have run."""
+    """Runs with the same outcome of a restart. `running`: how long their processes have run."""
 
     outcome: Word
     runs: int

@@ -23,7 +23,7 @@ from runrecovery_service.rpc.json_values import InvalidJson, read_struct, read_v
 
 MAX_BUTTONS: Final = 6
 MAX_BUTTON_CHARS: Final = 40
-"""Beyond these limits, options are a list to choose from, and not buttons."""
+"""With more options, or a longer option, a form has a list to choose from instead of buttons."""
 MAX_OPTIONS: Final = 200
 """The most options of a question on a page. An agent can offer 200,000, and such a page would take
 seconds to make."""
@@ -64,10 +64,10 @@ class QuestionView:
     """An open question.
 
     Attributes:
-        asked_at: absent for a question that an old version recorded.
+        asked_at: when the question was asked; None: an old version recorded the question.
         decides_at: the deadline; None: the question waits without a limit.
-        decided_automatically: at the deadline the run continues without an answer. Otherwise it
-            fails.
+        decided_automatically: whether the run continues without an answer at the deadline. If not,
+            the run fails then.
         hidden_options: the number of options that the form leaves out.
     """
 
@@ -146,7 +146,7 @@ def form_of(pending: run_pb2.PendingInteraction) -> FormKind:
 
 
 def options_of(pending: run_pb2.PendingInteraction) -> list[tuple[str, JsonValue]]:
-    """Return label and value of each option, of `MAX_OPTIONS` at most.
+    """Return label and value of the first `MAX_OPTIONS` options.
 
     A confirmation without options gets yes and no.
     """
@@ -157,7 +157,7 @@ def options_of(pending: run_pb2.PendingInteraction) -> list[tuple[str, JsonValue
 
 
 def answer_of(pending: run_pb2.PendingInteraction, given: Mapping[str, str]) -> JsonValue:
-    """Return the response that a form stands for.
+    """Return the response that a filled-in form means.
 
     Raises:
         AnswerProblem: the form is incomplete, or belongs to another question.
@@ -208,7 +208,7 @@ def _filled(options: Sequence[tuple[str, JsonValue]], given: Mapping[str, str]) 
 
 
 def field_key(label: str, value: JsonValue) -> str:
-    """Return a field's key in the response: the option's value if it is a text, or its label."""
+    """Return a field's key in the response: the option's value if it is a text, else the label."""
     return value if isinstance(value, str) else label
 
 
@@ -228,7 +228,7 @@ def _decision(given: Mapping[str, str]) -> JsonValue:
 def _object(text: str) -> JsonObject:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-        write_value(Value(), value)  # no message holds half a surrogate pair, or 10 ** 400
+        write_value(Value(), value)  # fails for half a surrogate pair, or for 10 ** 400
     except (ValueError, OverflowError, RecursionError):
         raise AnswerProblem("The changed input is not valid JSON.") from None
     if not isinstance(value, dict):
@@ -251,7 +251,7 @@ def tool_call_view(call: run_pb2.ToolCall) -> ToolCallView:
 
 
 def json_text(value: Struct | Value) -> str:
-    """Return a value of the contract as indented JSON; a string without quotes."""
+    """Return a value of the contract as indented JSON, or a string without its quotes."""
     try:
         plain = read_struct(value) if isinstance(value, Struct) else read_value(value)
     except InvalidJson:

@@ -21,7 +21,7 @@ STATIC: Final = _FOLDER / "static"
 WHOLE_CHARS: Final = 2_000_000
 """The most characters of one text when the person asks to see all of it."""
 
-# The texts that a page may show after a form: its address names one of them.
+# The texts that a page can show after a form was accepted. The address of the page names one.
 NOTICES: Final = {
     "answered": "Your answer is recorded.",
     "canceled": "The cancel is recorded.",

@@ -44,7 +44,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class RuleCount:
-    """How many runs one rule decided, and its share of the longest bar."""
+    """How many runs one rule decided, and the length of its bar as a share of the longest bar."""
 
     rule: str
     outcome: Word
@@ -75,8 +75,9 @@ class ReportView:
     """A whole report.
 
     Attributes:
-        scanned: the number of the `total` runs that were examined.
-        orphans, released: counts as text; counts of 0 are left out.
+        scanned: how many of the `total` runs were examined.
+        orphans: sentences about processes that outlived the service; none for a count of 0.
+        released: counts of what ended runs no longer have, as text; none for a count of 0.
     """
 
     row: ReportRow
@@ -109,7 +110,7 @@ class TrustRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceView:
-    """The state of the service. `progress`: of the recovery; None if none is under way."""
+    """The state of the service. `progress`: that of its recovery, or None if none is under way."""
 
     state: Word
     instance: str
@@ -180,7 +181,7 @@ def report_view(report: recovery_pb2.Reconciliation) -> ReportView:
 
 
 def rule_counts(decisions: Sequence[recovery_pb2.DecisionCount]) -> tuple[RuleCount, ...]:
-    """Return the number of runs by rule, each with its share of the most frequent one."""
+    """Return the number of runs for each rule, and its share of the largest of these numbers."""
     most = max((decision.count for decision in decisions), default=0)
     return tuple(
         RuleCount(

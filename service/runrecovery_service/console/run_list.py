@@ -42,7 +42,7 @@ class RunFilter:
     def of(cls, query: Mapping[str, str]) -> RunFilter:
         """Return the filter that the query of an address sets.
 
-        An unknown status is ignored, and so is a text that is not a time.
+        An unknown status and a text that is not a time are ignored.
         """
         status = query.get("status", "")
         return cls(
@@ -55,7 +55,7 @@ class RunFilter:
 
     @property
     def is_empty(self) -> bool:
-        """True if the filter lets every run through."""
+        """True if the filter selects all runs."""
         return self == RunFilter()
 
     def request(self, page_token: str) -> run_service_pb2.ListRunsRequest:
@@ -90,7 +90,7 @@ def _labels(text: str) -> dict[str, str]:
 
 
 def _minute(text: str) -> str:
-    """Return a text that names a minute; an empty text for any other."""
+    """Return the text if it names a minute, else an empty text."""
     if not _MINUTE.fullmatch(text):
         return ""
     try:

@@ -22,7 +22,7 @@ from runrecovery_service.console.words import (
 from runrecovery_service.lazy_dataclass import dataclass
 
 MAX_DECISIONS: Final = 20
-"""How many decisions about a run its page shows: the latest ones."""
+"""The page of a run shows at most this many decisions, the latest ones."""
 _ENDED = {run_pb2.RUN_STATUS_SUCCEEDED, run_pb2.RUN_STATUS_FAILED, run_pb2.RUN_STATUS_CANCELED}
 
 
@@ -41,8 +41,9 @@ class RunView:
 
     Attributes:
         output, input: indented JSON; empty if there is none.
-        can_cancel: the run has not ended, and no cancel was accepted.
-        can_reopen: a recovery failed the run because of its session, and it is not too late.
+        can_cancel: whether the run has not ended, and no cancel was accepted.
+        can_reopen: whether a recovery failed the run because its session was lost, and the time to
+            reopen it has not passed.
     """
 
     run_id: str
@@ -130,7 +131,7 @@ def _cost(run: run_pb2.Run) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredQuestion:
-    """A question of a run and its answer. `waited`: how long it was open; empty if it still is."""
+    """A question of a run and its answer. `waited`: how long the answer took; empty without one."""
 
     interaction_id: int
     kind: str
@@ -208,7 +209,7 @@ class FactView:
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
-    """A process that outlived its service, and what was done to it."""
+    """A process that outlived its service, and the signals that it got."""
 
     pid: int
     launch: str

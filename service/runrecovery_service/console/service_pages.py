@@ -24,7 +24,7 @@ _REPORT_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 class ServicePages:
-    """The pages about the service. If callers are configured, only operators may see them."""
+    """The pages about the service. If callers are configured, only operators can see the pages."""
 
     def __init__(self, site: Site) -> None:
         self._site = site

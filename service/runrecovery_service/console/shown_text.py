@@ -29,8 +29,8 @@ newline, characters that change the direction of text, and characters without wi
 U+200D are not among them, because writing systems and emoji need them."""
 
 MAX_NAMED: Final = 20_000
-"""How many invisible characters of one text are named; equal ones in a row count once. An agent can
-write a million, and their names would keep the service from all other work for many seconds."""
+"""How many invisible characters of one text are shown by their names; equal ones in a row count
+once. An agent can write a million, and naming them all would block the service for many seconds."""
 
 
 def without_terminal_sequences(text: str) -> str:
@@ -39,10 +39,10 @@ def without_terminal_sequences(text: str) -> str:
 
 
 def shown(text: str, limit: int | None = None) -> Markup:
-    """Return text as HTML. It ends early, with an ellipsis, after `MAX_NAMED` names.
+    """Return text as HTML. After `MAX_NAMED` named characters, an ellipsis replaces the rest.
 
     Args:
-        limit: the most characters to show; an ellipsis stands for the rest.
+        limit: the most characters to show. An ellipsis replaces the rest.
     """
     kept, is_whole = _beginning(text, limit)
     html = _INVISIBLE.sub(_names, str(escape(kept)))
@@ -63,7 +63,7 @@ def _beginning(text: str, limit: int | None) -> tuple[str, bool]:
 
 
 def shown_line(text: str, limit: int | None = None) -> Markup:
-    """Return text as HTML for one line: newlines and tabs are shown by their names, too."""
+    """Return text as HTML for one line, in which newlines and tabs are shown by their names too."""
     html = str(shown(text, limit))
     html = html.replace("\n", _named("\n")).replace("\t", _named("\t"))
     return Markup(html)  # noqa: S704 - escaped by `shown`

@@ -71,7 +71,7 @@ def build_console(calls: ContractCalls, visitors: Visitors, gate: Gate) -> Appli
         return site.not_found(visitor)
 
     app = Starlette(routes=routes, exception_handlers={HTTPException: on_http_error})
-    app.router.redirect_slashes = False  # it would lead from https:// to http:// behind a proxy
+    app.router.redirect_slashes = False  # behind a proxy, it would redirect https:// to http://
     return _with_headers(app)
 
 
@@ -84,7 +84,7 @@ def _with_headers(app: Application) -> Application:
 
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                # The files have no version in their names: a browser asks whether they changed.
+                # File names contain no version, so a browser must ask whether a file has changed.
                 is_file = is_static and message["status"] in {200, 304}
                 cache = (b"cache-control", b"no-cache" if is_file else b"no-store")
                 message["headers"] = [*message.get("headers", []), *added, cache]

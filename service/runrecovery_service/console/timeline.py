@@ -43,7 +43,7 @@ _ENDED: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimelineEvent:
-    """One event. `took` is the time until the next one; empty for the last one."""
+    """One event. `took` is the time until the next event; empty for the last event."""
 
     title: str
     tone: str
@@ -68,8 +68,8 @@ class Timeline:
     """What happened to a run.
 
     Attributes:
-        total: from the first event shown to the end, or until now.
-        is_cut: earlier events exist and are not shown.
+        total: the time from the first event shown until the run ended, or until now.
+        is_cut: whether earlier events exist that are not shown.
     """
 
     events: tuple[TimelineEvent, ...]
@@ -133,7 +133,7 @@ def _detail(event: run_pb2.RunEvent) -> str:
 def _parts(
     events: Sequence[run_pb2.RunEvent], spans: Sequence[timedelta]
 ) -> tuple[tuple[BarPart, ...], list[int]]:
-    """Return the parts of the bar, and where each event is on it."""
+    """Return the parts of the bar, and the position of each event on the bar."""
     amounts = [
         span.total_seconds() if event.status in _SPANS else 0.0
         for event, span in zip(events, spans, strict=True)

@@ -1,8 +1,8 @@
 """Identifies visitors by a cookie, finds their rights, and refuses forged forms.
 
-The cookie holds the token itself. So a session lasts over a restart and at every replica, and ends
-when the token is removed from the configuration. The service has only digests of tokens. Another
-secret in the cookie would need a key that all replicas share.
+The cookie holds the caller's token itself. So a login works after a restart and at every replica,
+and ends when the token is removed from the configuration. The service has only digests of tokens.
+Any other secret in the cookie would need a key that all replicas share.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Visitor:
     Attributes:
         origin: the origin of the calls that pages make for the visitor.
         name: the name of the caller; empty if no callers are configured.
-        form_token: a field of every form, which proves that a page of the console sent it.
+        form_token: a field of every form, by which the console recognises its own forms.
         new_secret: the value of the cookie to set for a visitor without one; otherwise empty.
     """
 
@@ -54,8 +54,8 @@ class Visitors:
 
     Args:
         guard: knows the callers.
-        has_tls: browsers may send the cookies over TLS only.
-        may_all_write: if no callers are configured, every visitor may answer and cancel.
+        has_tls: whether browsers send the cookies over TLS only.
+        may_all_write: whether every visitor can answer and cancel if no callers are configured.
     """
 
     def __init__(self, guard: CallerGuard | None, *, has_tls: bool, may_all_write: bool) -> None:
@@ -90,7 +90,7 @@ class Visitors:
         )
 
     def token_in(self, request: Request) -> str:
-        """Return the token in the cookie of a request; empty: it has none, or nobody needs one."""
+        """Return the token in the cookie of a request; empty if it has none, or none is needed."""
         return request.cookies.get(self._token_cookie, "") if self.needs_login else ""
 
     def caller_of(self, token: str) -> Caller | None:
@@ -100,7 +100,7 @@ class Visitors:
         return self._guard.table.of_token(token)
 
     def origin_of(self, request: Request, token: str) -> CallOrigin:
-        """Return the origin of calls with this token; an empty token: of calls without one."""
+        """Return the origin of calls with this token, or of calls without one if it is empty."""
         client = request.client
         return CallOrigin(
             authorization=f"Bearer {token}" if token else None,
@@ -146,9 +146,9 @@ class Visitors:
 
 
 def form_token(secret: str) -> str:
-    """Return the token of a visitor's forms. No other site knows it, so none can send a form.
+    """Return the token of a visitor's forms. No other site knows it, so none can forge a form.
 
-    It is derived from the cookie. So it stays the same over restarts, and at every replica.
+    The token is derived from the cookie. So it is the same after a restart, and at every replica.
     """
     return hmac.digest(secret.encode(), b"runrecovery console form", sha256).hex()
 

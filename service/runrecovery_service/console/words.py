@@ -1,6 +1,6 @@
 """The words and colours for values of the contract on the pages. Pure.
 
-A tone is the name of a colour. It always comes with a word, so that nobody needs to see the colour.
+A tone is the name of a colour. Each tone comes with a word, so that nobody needs to see the colour.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STATUS_BY_NAME: Final[Mapping[str, int]] = MappingProxyType(
         "canceled": run_pb2.RUN_STATUS_CANCELED,
     }
 )
-"""The words for statuses in the address of the page."""
+"""The statuses, by the word that stands for each in the address of the list of runs."""
 
 OUTCOMES: Final[Mapping[int, Word]] = MappingProxyType(
     {

@@ -14,7 +14,7 @@ from runrecovery_service.process.launch import SHIM
 
 
 def find_processes(folder: Path, run_ids: Mapping[str, str]) -> dict[str, list[int]]:
-    """Return the living processes of each run that work below `folder`, by their environment."""
+    """Return the living processes below `folder` by run, which is in their environment."""
     found: dict[str, list[int]] = {name: [] for name in run_ids}
     names = {f"RUNRECOVERY_RUN_ID={run_id}".encode(): name for name, run_id in run_ids.items()}
     for entry in os.scandir("/proc"):
@@ -25,7 +25,7 @@ def find_processes(folder: Path, run_ids: Mapping[str, str]) -> dict[str, list[i
 
 
 def _environment(process: Path, folder: Path) -> set[bytes]:
-    """Return the variables of a process that works below `folder`; an empty set for any other."""
+    """Return the environment of a process that works below `folder`; empty for any other."""
     try:
         if not (process / "cwd").readlink().is_relative_to(folder):
             return set()

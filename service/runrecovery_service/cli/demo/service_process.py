@@ -80,7 +80,7 @@ class ServiceProcess:
 
 
 def poll_health(client: RunRecoveryClient) -> list[tuple[float, str]]:
-    """Poll health until SERVING; return each change of the status with its time in ms from now."""
+    """Poll health until SERVING; return each new status, and the ms from now until it was seen."""
     started = time.monotonic()
     changes: list[tuple[float, str]] = []
     while time.monotonic() - started < READY_TIMEOUT_S:

@@ -9,7 +9,7 @@ import sys
 def exit_on_termination() -> None:
     """Let SIGTERM and SIGHUP end this process as `sys.exit` does, so that a demo cleans up.
 
-    SIGHUP stays ignored where it is, as under nohup.
+    A SIGHUP that is ignored already, as under nohup, stays ignored.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -46,7 +46,7 @@ STEP_TIMEOUT_S: Final = 15.0
 
 @dataclass(slots=True)
 class Claims:
-    """Prints claims and remembers those that did not hold."""
+    """Prints claims and remembers those that are false."""
 
     console: Console
     broken: list[str] = field(default_factory=list)
@@ -60,10 +60,7 @@ class Claims:
 
 @dataclass(slots=True)
 class Stage:
-    """The objects that the steps share: output, folder, and each run with its processes.
-
-    The processes are those from before the crash.
-    """
+    """The objects that the steps share: output, folder, and runs with their first processes."""
 
     console: Console
     claims: Claims
@@ -82,7 +79,7 @@ class Stage:
 
 
 def run_demo(console: Console | None = None) -> int:
-    """Run the demo; return 0 when every claim held, else 1."""
+    """Run the demo; return 0 if every claim is true, else 1."""
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     started = time.monotonic()
     with _temporary_folder() as folder:
@@ -169,7 +166,7 @@ def _create_runs(stage: Stage, client: RunRecoveryClient) -> None:
         lambda: all(client.runs.get(name).session.has_handle for name in running),
         "the running agents have named their sessions",
     )
-    # After that: an agent that has named its session is past its start.
+    # Only now: an agent that has named its session has completed its start.
     _wait_until(lambda: _process_tree_is_complete(stage), "the process tree is complete")
 
 
@@ -207,9 +204,9 @@ def _print_runs(stage: Stage) -> None:
 
 
 def _stop_shims(stage: Stage) -> None:
-    """Suspend the shims that are to die with the service.
+    """Suspend the shims that will be killed with the service.
 
-    A shim that still ran when the service died would end the processes of its run.
+    A shim that still runs when the service dies would end the processes of its run.
     """
     shims = [find_shim(name, stage.processes[name]) for name in SHIM_KILLED]
     for shim in shims:
@@ -250,7 +247,7 @@ def _check_recovery(stage: Stage, client: RunRecoveryClient) -> None:
     shown = " → ".join(f"{status} ({ms:.0f} ms)" for ms, status in changes)
     stage.console.print(f"  health, polled every 2 ms: {shown}")
     report = client.recovery.status().reconciliation
-    # `again` was requeued: its new process may already run.
+    # `again` was requeued: its new process can be running already.
     left = {name: pids for name, pids in stage.find_processes().items() if name != "again"}
     _print_report(stage, report)
     table = Table("run", "before")
