@@ -1,4 +1,4 @@
-"""The clock of the deadlines of process trees, which heartbeats move."""
+"""The clock for the deadlines of process trees. Heartbeats move these deadlines."""
 
 from __future__ import annotations
 

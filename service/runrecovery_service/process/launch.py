@@ -1,8 +1,8 @@
 """Starts one agent below a shim, which guards it. Linux only.
 
-`prepare` spawns the shim, which stops at its gate. Once the launch is recorded,
-`ShimmedProcess.release` starts the agent. If the service crashes before that, the shim exits and
-the agent never runs.
+`prepare` spawns the shim, which waits at its gate, a pipe from the service. Once the launch is
+recorded, `ShimmedProcess.release` starts the agent. If the service crashes before that, the shim
+exits and the agent never runs.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def prepare(
 ) -> ShimmedProcess:
     """Spawn the shim for `command` and return once it waits at its gate.
 
-    Blocks for some 15 ms: call it in a thread. No shell is used. The first word is searched in the
-    PATH of `env`, not in the service's own. A relative path is relative to `cwd`.
+    Blocks for some 15 ms: call it in a thread. No shell is used. The program's name is searched in
+    the PATH of `env`, not in the service's own PATH. A relative path is relative to `cwd`.
 
     Args:
         markers: the markers that the tree will carry.
@@ -68,7 +68,7 @@ def prepare(
         deadline_ns: CLOCK_BOOTTIME at which the shim kills everything unless a heartbeat comes.
         journal: the file to which the shim appends the signals that it sends; None: no journal.
         cgroup_procs: the file that moves the agent into its own cgroup.
-        rest: where the shim saves output that the service leaves unkept; None: it is lost.
+        rest: where the shim saves output that the service has not saved; None: such output is lost.
 
     Raises:
         LaunchFailed: not found, not executable, or refused by the system.

@@ -28,8 +28,8 @@ class LaunchDelayed(LaunchFailed):
 class ShimLost(LaunchFailed):
     """The shim ended before it reported the agent's start.
 
-    The agent never ran if the shim's deadline passed at the gate. The agent may be alive if the
-    shim was killed.
+    If the deadline passed while the shim waited at its gate, the agent never ran. If the shim was
+    killed, the agent can be alive.
     """
 
 

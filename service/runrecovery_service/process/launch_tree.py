@@ -34,10 +34,10 @@ class PinnedProcess:
     """A process with an open pidfd, which stays this process even if the pid is reused.
 
     Attributes:
-        member: the process and what proves that it belongs to its launch.
-        proved: a marker was read while the pidfd was open.
+        member: the process, and the marker by which it belongs to its launch.
+        proved: a marker of the launch was read while the pidfd was open.
         sent: the signals that it was sent.
-        barred: the kernel refused to let this user signal it.
+        barred: the kernel refused to let this user signal the process.
     """
 
     member: Member
@@ -66,8 +66,9 @@ class LaunchTree:
     """The processes of one launch that a sweep has found.
 
     Attributes:
-        pinned: by identity, the processes with an open pidfd, and the dead ones among them.
-        unproved: by identity, why a process was released although it had carried a marker.
+        pinned: by identity, the processes for which a pidfd was opened, also those that have died
+            since (their pidfd is closed).
+        unproved: by identity, why a process that once carried a marker is no longer pinned.
         protected: members that must not be signalled, as the latest scan found them.
     """
 
@@ -116,7 +117,7 @@ class LaunchTree:
     def ending(self, now: float) -> Ending:
         """Return the result for this launch."""
         if not (self.pinned or self.unproved or self.protected) and self.is_gone(now):
-            return NOTHING_LEFT  # nearly all launches, of thousands
+            return NOTHING_LEFT  # true for nearly all of thousands of launches
         agents = [each for each in self.pinned.values() if not each.is_shim]
         dead = frozenset(each.identity for each in agents if not each.alive)
         lonely = [self.shim] if self.shim is not None and not self.living else []

@@ -41,17 +41,17 @@ class Proof(StrEnum):
     """The marker that proves that a process belongs to a launch."""
 
     SHIM = "shim"
-    """Its pid and start ticks are those of the recorded shim."""
+    """The process has the pid and start ticks of the recorded shim."""
     WATERMARK = "watermark"
-    """Its limit on file locks is the launch's watermark."""
+    """The process's limit on file locks is the launch's watermark."""
     COOKIE = "cookie"
-    """Its environment contains the launch's whole token."""
+    """The process's environment contains the launch's whole token."""
     CGROUP = "cgroup"
-    """It is in the launch's own cgroup."""
+    """The process is in the launch's own cgroup."""
     PINNED = "pinned"
-    """It was proved earlier in the same sweep and is still the same process."""
+    """An earlier scan of the same sweep has pinned the process."""
     DESCENT = "descent"
-    """Its parent is proved."""
+    """The process's parent belongs to the launch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +189,7 @@ def find_members(
     """Return the roots and all their descendants. Pure.
 
     Args:
-        roots: by pid, the processes that carry a marker or are pinned.
+        roots: by pid, the processes that carry a marker, or that an earlier scan has pinned.
         protected: pids that are never members, and through which no descent passes.
     """
     members = {pid: member for pid, member in roots.items() if pid not in protected}
@@ -200,7 +200,8 @@ def find_members(
     while queue:
         parent = queue.popleft()
         for child in children.get(parent.proc.pid, ()):
-            # No child is older than its parent: the two lines were read at different moments.
+            # A process that is older than its parent is no child of it: the parent's pid was reused
+            # between the two reads.
             older = child.start_ticks < parent.proc.start_ticks
             if older or child.pid in members or child.pid in protected:
                 continue

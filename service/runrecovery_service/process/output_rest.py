@@ -11,8 +11,8 @@ from runrecovery_service.process import wire
 
 _PIECE_BYTES = 1 << 20
 _MOST_BYTES = 1 << 24
-"""The most bytes that are saved from the pipe. A process outside of the tree may still write to it,
-without an end."""
+"""The most bytes that are saved. There is a limit, because a process outside of the tree can write
+to the pipe without an end."""
 
 
 def save(pipe: int, spool: int, path: str, *, is_stopped: bool) -> str:
@@ -21,15 +21,15 @@ def save(pipe: int, spool: int, path: str, *, is_stopped: bool) -> str:
     No other process may read the pipe.
 
     Args:
-        is_stopped: the service has stopped as planned, and may have asked the agent to end. The end
-            of the output then does not prove that the turn was complete.
+        is_stopped: the service has stopped as planned. It may have asked the agent to end, so the
+            end of the output does not prove that the turn was complete.
 
     Returns:
         The facts for the journal, as members of a JSON object.
     """
     try:
         position = wire.unpack_position(os.pread(spool, wire.POSITION_BYTES, 0))
-        if position.kept == wire.UNKNOWN:  # the output file lacks something before this already
+        if position.kept == wire.UNKNOWN:  # the output file already lacks earlier output
             return f'"event": "{wire.REST}", "size": 0, "at_end": false'
         copy = _Copy(path)
         copy.take(spool, position.start)
@@ -48,7 +48,7 @@ class _Copy:
 
     Attributes:
         at_end: the source that was read last has been copied to its end.
-        errno: why the file lacks the rest of a source; 0: it lacks nothing.
+        errno: the error that kept bytes of a source out of the file; 0: there was no error.
     """
 
     def __init__(self, path: str) -> None:
@@ -57,7 +57,7 @@ class _Copy:
         self.size, self.errno, self.at_end = 0, 0, False
 
     def take(self, source: int, begin: int | None = None) -> None:
-        """Append a source: a file from `begin`, or all that a pipe holds."""
+        """Append a source: a file from offset `begin`, or all bytes that a pipe holds."""
         self.at_end = False
         try:
             while self.size < _MOST_BYTES and not self.errno:

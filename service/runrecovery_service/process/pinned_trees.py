@@ -1,7 +1,7 @@
-"""The trees of all launches of one sweep: pins their processes and proves that they belong.
+"""Pins the processes of all launches of one sweep, and proves that they belong to their launch.
 
-A process is pinned by an open pidfd. It is proved once a marker was read while that pidfd was open.
-Only then is it certain that the marker and the pidfd belong to the same process.
+A process is pinned by an open pidfd. It is proved once a marker of its launch was read while that
+pidfd was open. Only then is it certain that the marker and the pidfd belong to the same process.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class PinnedTrees:
     def pin(self, member: Member) -> PinnedProcess | None:
         """Open a pidfd; None if the process has ended or no descriptor is free.
 
-        The next scan finds a process again that could not be pinned.
+        If no descriptor was free, the next scan finds the process again.
         """
         tree = self.tree_of(member)
         if member.proc.identity in tree.pinned:
@@ -112,7 +112,7 @@ class PinnedTrees:
         return pinned
 
     def unpin(self, pinned: PinnedProcess) -> None:
-        """Release a process that had no marker when it was read again; note it for the report."""
+        """Unpin a process that had no marker when it was read again; note why for the report."""
         tree = self.tree_of(pinned.member)
         pinned.release()
         tree.pinned.pop(pinned.identity, None)
@@ -154,10 +154,10 @@ class PinnedTrees:
         return self._trees[launch_key].pinned[identity].proved
 
     def read_proof(self, pinned: PinnedProcess) -> str | None:
-        """Return the marker that proves a pinned process now, or None.
+        """Return the marker by which a pinned process belongs to its launch; None if there is none.
 
-        A process that was proved under this pidfd stays proved while the pid is still this
-        process, because a process can remove its own markers.
+        Once a marker was read under this pidfd, the process counts as proved while the pid is still
+        its own, and the earlier marker is returned: a process can remove its markers.
         """
         proc = procfs.read_proc(pinned.member.proc.pid)
         if proc is None or proc.identity != pinned.identity:

@@ -110,7 +110,8 @@ def _finds_escaped(markers: LaunchMarkers, env: Mapping[str, str]) -> bool:
         return escaped is not None and escaped.identity in _find_and_kill(markers)
     finally:
         if escaped is not None:
-            # By the pid that the process reported itself: it must end even if no marker is found.
+            # Kill it by the pid that it reported itself, because it must end even if no marker is
+            # found.
             _kill(escaped, replace(markers, pid=escaped.pid, start_ticks=escaped.start_ticks))
         process.dispose()
 

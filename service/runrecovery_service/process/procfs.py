@@ -12,7 +12,7 @@ RLIMIT_LOCKS = 10
 """The limit on file locks of setrlimit(2), which Python's `resource` does not name. Linux since 2.6
 inherits and shows this limit but does not enforce it."""
 MAX_ENVIRONMENT_BYTES = 2 << 20
-"""How much of an environment is read. By default exec takes no larger one, but a process may claim
+"""How much of an environment is read. By default exec takes no larger one, but a process can claim
 any size later."""
 _PF_KTHREAD = 0x200000
 """The flag of a thread of the kernel (include/linux/sched.h)."""
@@ -110,7 +110,7 @@ def watermark(pid: int) -> int | None:
 
 
 def environment(pid: int, proc: Proc | None = None) -> bytes:
-    """Return the start of a process's initial environment; empty if it may not be read.
+    """Return the start of a process's initial environment; empty if it cannot be read.
 
     Args:
         proc: the process, if it was read before. If its first thread has ended, the environment is

@@ -33,14 +33,14 @@ TICK_S = 1.0
 """How often the deadline is checked: a poll does not notice that the machine slept, but boot time
 also passes while it sleeps."""
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Signals that may be sent to the whole tree. The shim has to outlive them."""
+"""Signals that others can send to the whole tree. The shim has to outlive them."""
 _FREEZES = 10
 """Rounds of SIGSTOP that search for new processes before SIGKILL is sent in any case."""
 _KILL_TICK_S = 0.002
 _BLIND_S = 0.1
 _MAX_BARRED_S = 60.0
-"""Longest time between two tries while this user may signal none of the living processes. They
-still belong to the launch, so the shim stays."""
+"""Longest time between two tries while the kernel lets this user signal none of the living
+processes. They still belong to the launch, so the shim stays."""
 _KILLED = "killed"
 
 
@@ -111,7 +111,7 @@ class Shim:
         return bool(data)
 
     def _parse_lines(self) -> None:
-        """Take the newest deadline and the orders from the lines that have arrived."""
+        """Read the newest deadline and the orders from the lines that have arrived."""
         *lines, self._unparsed = self._unparsed.split(b"\n")
         for line in lines:
             if line == wire.RELEASE:
@@ -171,7 +171,7 @@ class Shim:
         try:
             # Opened before the fork: once the agent is alive, no step of the shim may fail.
             null = os.open(os.devnull, os.O_RDWR)
-            failure_read, failure_write = os.pipe()  # the exec closes it, empty if all went well
+            failure_read, failure_write = os.pipe()  # a successful exec closes it without data
             if order.rest:
                 self._output = os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK)
             self._agent = os.fork()
@@ -248,8 +248,8 @@ class Shim:
     def _settle_output(self, rest: str) -> None:
         """Wait until the service needs no more output, or save what it leaves.
 
-        While the service may still read the pipe, nobody else may: even if it has hung for longer
-        than its lease, and its tree is dead.
+        While the service can still read the pipe, the shim must not read it. A service that has
+        hung for longer than its lease can still do so, although the tree is dead.
         """
         os.close(self._report)  # the service waits for the end of the report, not for the exit
         while not (self._is_output_done or self._is_output_left or self._gate_closed):

@@ -1,8 +1,8 @@
 """The journal of one launch, which also records what happens while the service is dead.
 
 The shim records the signals that it sends by itself, how the agent ended, and the rest of the
-output that it has saved. The service records that it has kept the whole output. A machine that
-crashes may lose any of it.
+output that it has saved. The service records that it has kept the whole output. A crash of the
+machine can lose any of these entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runrecovery_service.process.safe_open import open_regular, read_start
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedEnd:
-    """The end of an agent whose whole standard output was kept.
+    """The end of an agent whose whole standard output is in the output file.
 
     Attributes:
         exit_code: negative for the signal that killed it.
@@ -38,13 +38,14 @@ class RecordedRest:
     """The standard output that a shim has saved after the death of its service.
 
     Attributes:
-        kept: the size of the output file without it.
-        size: its own size.
-        begin: the size of the output file before the agent's first output. None: the file does not
-            have all of it.
-        at_end: it reaches to the end of the output, and no planned stop has asked the agent to end.
+        kept: the size of the output file, which does not include the saved rest.
+        size: the size of the saved rest.
+        begin: the size of the output file before the agent's first output. None: the file lacks
+            some of the agent's output.
+        at_end: the rest reaches to the end of the output, and no planned stop has asked the agent
+            to end.
         exit_code: how the agent ended; negative for a signal. None: not recorded.
-        is_kept: all output is recorded as kept.
+        is_kept: the service has recorded that all output is in the output file.
     """
 
     kept: int
@@ -56,7 +57,7 @@ class RecordedRest:
 
 
 def record_kept(journal: Path, shim: Identity, *, begin: int, end: int) -> None:
-    """Record that the standard output of an agent was read to its end, and kept as a whole.
+    """Record that the output file has the standard output of an agent, up to its end.
 
     Raises:
         OSError: it could not be recorded.
@@ -79,7 +80,7 @@ def record_kept(journal: Path, shim: Identity, *, begin: int, end: int) -> None:
 
 
 def read_end(journal: Path, shim: Identity) -> RecordedEnd | None:
-    """Return how an agent ended, if both the shim's and the service's record of it are there.
+    """Return how an agent ended; None unless both shim and service have recorded the end.
 
     Raises:
         OSError: the journal cannot be read.

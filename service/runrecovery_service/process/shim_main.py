@@ -13,5 +13,5 @@ sys.path.append(os.path.abspath(__file__).rsplit(os.sep, 3)[0])  # noqa: PTH100 
 from runrecovery_service.process.shim import Shim
 
 if __name__ == "__main__":
-    # Without the end of the interpreter, which takes 2 ms and has nothing to save.
+    # Skips the interpreter's own exit, which takes 2 ms and has nothing to save.
     os._exit(Shim(*map(int, sys.argv[1:5])).run())

@@ -32,7 +32,7 @@ class ShimmedProcess:
         popen: the shim, which leads a session of its own. The agent leads another one.
         start_ticks: the shim's start ticks.
         gate, report: the service's ends of the shim's two pipes.
-        spool: standard output that was read and is not kept yet.
+        spool: standard output that was read from the agent and is not in the output file yet.
         watermarked: the tree carries the launch's watermark.
         agent: the event of the agent's start, None before it.
         unread_events: events that arrived together with the event that a caller waited for.
@@ -93,11 +93,11 @@ class ShimmedProcess:
             return True
 
     def need_no_output(self) -> None:
-        """Let the shim exit with its tree: no more output of the agent will be kept."""
+        """Let the shim exit once its tree has ended, without saving more output of the agent."""
         self._write_to_gate(wire.DONE + b"\n")
 
     def leave_output(self) -> None:
-        """Leave all output that is not kept to the shim. Nothing may read the pipe any more."""
+        """Let the shim save the output that the output file lacks. The service reads no further."""
         self._write_to_gate(wire.LEFT + b"\n")
 
     def send_order(self, order: bytes) -> None:
@@ -121,7 +121,7 @@ class ShimmedProcess:
             raise ShimLost(f"the shim ended: {self._error_text()}") from None
 
     def release(self, deadline_ns: int) -> Started:
-        """Open the gate: the agent starts and may live until `deadline_ns`. Block for a few ms.
+        """Let the shim start the agent, with `deadline_ns` as first deadline. Block for a few ms.
 
         Raises:
             LaunchFailed: the system refused to start it.

@@ -37,15 +37,16 @@ def send(
     prove: Callable[[], str | None],
     audit: Callable[[int, str, str | None, str], object],
 ) -> str:
-    """Send one signal to one process if the process is proved to be ours now, and audit it.
+    """Send one signal to one process if the process belongs to a launch now; audit the signal.
 
     Args:
         pid: for the audit only. The signal is sent through `pidfd`.
         pidfd: opened before this call. So `prove` reads about the process that gets the signal.
             If that process has ended and another one has its pid, no process gets the signal.
         number: the signal, one of NAMES.
-        prove: returns the name of the proof that /proc shows now, or None if there is none.
-        audit: called with pid, name of the signal, proof and outcome, whatever the outcome is.
+        prove: returns the name of the marker that /proc shows now, or None if there is none.
+        audit: called with pid, name of the signal, name of the marker and outcome, whatever the
+            outcome is.
 
     Returns:
         SENT, GONE, UNPROVED or BARRED.

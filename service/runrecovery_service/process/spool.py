@@ -18,11 +18,11 @@ from runrecovery_service.process import wire
 READ_BYTES: Final = 65536
 _NAME, _MFD_CLOEXEC = "stdout", 1
 FREED_BYTES: Final = 1 << 18
-"""The smallest piece in which memory of kept output is given back."""
+"""Memory is freed in pieces of at least this size."""
 
 
 class Spool:
-    """The raw output of one process, at growing offsets. The memory of kept output is given back.
+    """The raw output of one process, at growing offsets. Frees memory once the output file has it.
 
     `fill` and `read` belong to the event loop, `note_kept` to any thread.
 
@@ -62,7 +62,8 @@ class Spool:
 
         Args:
             size: the size of the file; None: some output was lost.
-            begin: the size before the first output of this process; None: not all of it is kept.
+            begin: the size before the first output of this process; None: the file lacks some of
+                this output.
         """
         with self._lock:
             if self._is_open:  # otherwise the number may already belong to another file
@@ -83,7 +84,7 @@ class Spool:
         os.pwrite(self.descriptor, wire.pack_position(position), 0)
 
     def _give_memory_back(self) -> None:
-        """Free whole pages of kept output, but never the first page, which has the position."""
+        """Free whole pages that the output file has, but never the first page with the position."""
         first = -(-self._freed_to // mmap.PAGESIZE) * mmap.PAGESIZE
         length = self._kept_to // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length >= FREED_BYTES:

@@ -233,7 +233,7 @@ class _Sweep:
         """Read every process; return them all, and those that carry a marker or are pinned."""
         known = self._processes.identities
         is_killing = self._is_killing
-        if is_killing and not self._protected:  # a process that is stopped on sight comes too early
+        if is_killing and not self._protected:  # before the first process is stopped on sight
             self._protected = protected_pids(procfs.scan(), own_pid=os.getpid())
         snapshot: dict[int, Proc] = {}
         roots: dict[int, Member] = {}

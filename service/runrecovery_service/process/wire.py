@@ -5,7 +5,7 @@ The service writes to the gate:
 1. the launch order;
 2. a line for each heartbeat (a time of CLOCK_BOOTTIME in nanoseconds), and once, among these, the
    line that releases the agent;
-3. the line that says who keeps the last output.
+3. the line that says whether the service or the shim saves the last output.
 
 When the gate closes, for whatever reason, the shim kills its whole tree. The shim writes to the
 report: one line per event.
@@ -52,13 +52,13 @@ POSITION_BYTES = 24
 
 
 class Position:
-    """How far the output file has the output in the spool.
+    """How much of the output in the spool is already in the output file.
 
     Attributes:
         start: the offset in the spool of the first byte that is not in the file.
         kept: the size of the file; UNKNOWN: the file lacks something.
-        begin: its size before the first output of the process; UNKNOWN: the file does not have all
-            of the output.
+        begin: the size of the file before the first output of the process; UNKNOWN: the file lacks
+            some of the output.
     """
 
     __slots__ = ("begin", "kept", "start")
@@ -119,7 +119,7 @@ class Order:
         watermark: the limit on file locks to set; 0: none can be set here.
         program, argv, env, cwd: those of the agent.
         confinement: the limits of the agent's processes.
-        rest: the file for output that the service leaves unkept; empty: it is not saved.
+        rest: the file for output that the service has not saved; empty: such output is lost.
     """
 
     __slots__ = ("argv", "confinement", "cwd", "deadline_ns", "env", "program", "rest", "watermark")

@@ -1,8 +1,8 @@
 """Checks in bulk which sessions of agents can still be resumed.
 
 A check reads files, and the file system may not answer. Each bulk therefore has a time limit.
-Sessions without a result at the limit count as not answered, and the engine's check is not called
-again.
+Sessions without a result at the limit get the finding `not_answered`, and the engine's check is not
+called again.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ class BulkSessionCheck:
     A recovery or a plan works with its own copy, which `replace_checks` does not change.
 
     Attributes:
-        checks: by engine: its session check. Engines without a check are left out.
+        checks: the session check of each engine that has one.
         stop: interrupts a bulk; by default nothing interrupts it.
         check_s: the time limit of one bulk.
         monotonic: the clock of the time limit.
-        hanging: by engine: the check that did not answer in time, and is not called again.
+        hanging: the check of each engine whose check did not answer in time. It is not called
+            again.
     """
 
     checks: Mapping[str, SessionCheck]

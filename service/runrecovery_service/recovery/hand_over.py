@@ -35,8 +35,8 @@ class HandOver:
         """Hand over the runs that peers can continue.
 
         After an error, the remaining runs keep their owner, and none is lost: the stop decides on
-        them. Afterwards peers may take the queued ones, and the next start or a takeover finds the
-        others.
+        them. Afterwards peers can take the queued runs. The next start or a takeover finds the
+        other runs.
 
         Raises:
             Fenced: a newer epoch of this instance has started.

@@ -47,7 +47,7 @@ class _Totals:
     Attributes:
         situations: each situation by the stored rows, with the number and the work of its runs.
         sessions: the sessions to check, by engine.
-        running: the runs that may have ended already, as their kept output may show.
+        running: the RUNNING runs. The kept output can show that the turn of such a run has ended.
         launches: how many launches a restart would end.
     """
 
@@ -61,7 +61,7 @@ class _Totals:
 class Rows:
     """The rows of one snapshot: a page of runs and, for the first page, the totals of all runs.
 
-    `turns` are the running turns of the page; for the first page, those of all runs.
+    `turns` are the running turns of the page; for the first page, the running turns of all runs.
     """
 
     page: Sequence[PreviewedRun] = field(repr=False)

@@ -6,14 +6,15 @@ serves. After a crash in any step, the next start repeats the step.
 
 0. Adopt the runs and launches of other instance names in a SQLite store, for the steps below.
 1. Kill orphans. This comes first, because an orphan may still write to a run that will fail.
-   Complete the kept output of their turns.
+   Complete the kept output of the killed turns.
 2. Check the sessions of engines that have a session check.
 3. Find results and questions of turns that had ended before their end could be recorded. Count the
    model calls of killed turns. Decide on every run of an earlier epoch, in batches.
 4. Clear sessions and open questions of ended runs.
 5. Remove trust entries that no run needs. A failure of this step does not prevent a start.
 6. Convert deadlines to the steady clock of this boot.
-7. Commit the report, with the result of the containment probe. Only then the gate opens.
+7. Commit the report, with the result of the containment probe. Only then does the service answer
+   calls that read or change runs.
 """
 
 from __future__ import annotations
@@ -259,7 +260,7 @@ class Recovery:
         with report.phase("orphans"):
             self._end_orphans(db, report)
         scope = self._scope(report)
-        are_files_here = not scope.elsewhere  # of sessions and of kept output
+        are_files_here = not scope.elsewhere  # the files of sessions and of kept output
         with report.phase("sessions"):
             if are_files_here:
                 self._check_sessions(db, report, scope)
@@ -361,7 +362,8 @@ class Recovery:
         if not launches:
             return
         endings = self.leftovers.launches.end(launches)
-        # Before the launches are closed, so that after a crash the next start repeats it.
+        # Complete the output before the launches are closed: after a crash the next start repeats
+        # it.
         if self.leftovers.outputs is not None and not self._elsewhere:
             gone = [each for each in launches if endings[each.key].gone]
             complete_outputs(db, self.leftovers.outputs, gone, self.stop)

@@ -44,7 +44,7 @@ class RecoverySpans:
             self._report_cut_turn(turn)
 
     def _report_cut_turn(self, turn: CutTurn) -> None:
-        """Report a turn as one span, with the id that the agent already has as its parent."""
+        """Report a turn as one span, with the id that the agent uses as parent of its spans."""
         facts = turn_facts(
             run_id=turn.run_id, engine=turn.engine, attempt=turn.attempt, turn=turn.turn
         )

@@ -20,7 +20,7 @@ def needs_safe_mode(
 
     Args:
         after: how many unfinished starts in a row cause safe mode; 0: never safe mode.
-        window_s: only unfinished starts of the last so many seconds are counted.
+        window_s: unfinished starts that are older than this are not counted.
     """
     if not after:
         return False

@@ -15,7 +15,7 @@ class RecoveryStatus:
     Attributes:
         lost_commits: the note about commits that the database lost; None: no loss is known.
         probe: the containment probe, which runs in parallel with the start; None at a planned stop.
-        report: the report, once it is committed.
+        report: the report of the recovery; None until it is committed.
         report_id: the reconciliation_id of the report; None until the store has the report.
     """
 

@@ -23,7 +23,7 @@ class Made(Enum):
 
 
 RESERVE: Final = 64 << 10
-"""Bytes by which a file with an entry of ours must be able to grow and still be edited."""
+"""A file gets an entry only if it can grow by this many bytes afterwards and still be edited."""
 
 SHARED: Final = frozenset({Made.FILE, Made.DOCUMENT, Made.PROJECTS})
 """Containers of the entries of several folders. Every entry in such a container records that the
@@ -99,7 +99,12 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """The new content of the file. None: remove the file, which the service created."""
+    """The result of `remove`.
+
+    Attributes:
+        text: the new content of the file. None: there is no file, or the service created the file
+            and it is to be removed.
+    """
 
     text: bytes | None
     outcome: Outcome
@@ -117,7 +122,7 @@ class Editor(Protocol):
     """Edits one CLI's trust entries. Pure: it gets and returns content (None: no file)."""
 
     def accepts(self, added: Added) -> bool:
-        """Return whether `add` of this editor can have returned this: a record may be damaged."""
+        """Return whether `add` can have returned this record. A stored record can be damaged."""
         ...
 
     def add(
@@ -160,7 +165,7 @@ RemoveSome: TypeAlias = Callable[[bytes | None, Mapping[str, Added]], Removals]
 def in_rounds(
     editor: Editor, some: RemoveSome, text: bytes | None, entries: Mapping[str, Added]
 ) -> Removals:
-    """Remove several entries, many of them with one parse of the text, which may take long.
+    """Remove several entries. One parse of the text serves many entries, because it takes long.
 
     Raises:
         TrustFileUnusable: the text cannot be edited safely.

@@ -207,7 +207,7 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """A file as it was read. Both are None if there was no file."""
+    """A file as it was read. Both attributes are None if there was no file."""
 
     state: _State | None = None
     data: bytes | None = None
@@ -269,7 +269,7 @@ class _Retries:
         self._pause(min(_FIRST_PAUSE_S * 2 ** (self._tries - 1), _LONGEST_PAUSE_S))
 
     def may_change(self, seen: _Snapshot) -> bool:
-        """Wait and return True if another program may just be writing the file, else False."""
+        """Return whether another program could be writing the file now; if so, wait first."""
         self._same_reads = self._same_reads + 1 if seen == self._seen else 1
         self._seen = seen
         if self._same_reads == SETTLED_READS:
