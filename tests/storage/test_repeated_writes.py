@@ -71,6 +71,7 @@ def conflict_once(store: ServiceStore) -> Iterator[list[str]]:
         cursor = execute(sql, *args, **kwargs)
         if not conflicts and sql.startswith(("INSERT", "UPDATE", "DELETE")):
             conflicts.append(sql)
+            cursor.close()  # the exception keeps the cursor, and an open one blocks the rollback
             raise pw.OperationalError from SerializationFailure()
         return cursor
 
