@@ -190,8 +190,8 @@ campaign-power-cuts: $(READY) ## Cut the power of a recorded service CUTS=1000 t
 	@for mutant in commits-not-synced never-synced; do \
 		$(BIN)/python tests/power_cut/power_cuts.py --cuts 100 --starts 0 --mutate $$mutant; done
 
-campaign-simulation: $(READY) ## Play HISTORIES=10000 seeded histories in virtual time; detect mutants; SEED=… plays one again
-	@$(BIN)/python tests/simulation/simulate.py $(if $(SEED),--seed $(SEED),--histories $(HISTORIES))
+campaign-simulation: $(READY) ## Play HISTORIES=10000 seeded histories in virtual time; detect mutants; FIRST=… is the first seed, SEED=… plays one again
+	@$(BIN)/python tests/simulation/simulate.py $(if $(SEED),--seed $(SEED),--histories $(HISTORIES) $(if $(FIRST),--first $(FIRST)))
 	@$(if $(SEED),,$(if $(SIMULATION_MUTANTS),$(BIN)/python tests/simulation/simulate.py --first 0 $(addprefix --mutate ,$(SIMULATION_MUTANTS))))
 
 campaign-crash-points: $(READY) ## Kill a service at PAIRS=200 pairs of its crash points; detect mutants of it

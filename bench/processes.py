@@ -46,7 +46,7 @@ from runrecovery_service.process.host import Host
 from runrecovery_service.process.launch import prepare
 from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.shimmed_process import ShimmedProcess
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.storage import instances, launch_records
 from runrecovery_service.storage.database import Database

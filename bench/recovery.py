@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import Cause, TrustClearing
 from runrecovery_service.domain.recovery_matrix import NOTHING
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.reconcile import (
     DeadInstance,

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.domain.deadline import Due, SteadyTime
+from runrecovery_service.domain.steady_time import Due, SteadyTime
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _TIME_NAMESPACE: Final = Path("/proc/self/ns/time")

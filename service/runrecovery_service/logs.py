@@ -21,7 +21,7 @@ from typing import Any, Final, TextIO, cast
 
 from runrecovery_service.background_stream import BackgroundStream
 from runrecovery_service.config.settings import LogFormat, LogLevel
-from runrecovery_service.counters import SharedCounter
+from runrecovery_service.metric_counters import SharedCounter
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from runrecovery_service.cli import main
 from runrecovery_service.process import processes, procfs, shim
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.process.launch_tree import PinnedProcess
 from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.pinned_trees import PinnedTrees

@@ -31,7 +31,7 @@ from runrecovery_service.process import procfs
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.shim import Shim
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 
 NEXT_PID: Final = Path("/proc/sys/kernel/ns_last_pid")
 ANOTHER_TICK_S: Final = 0.03

@@ -10,8 +10,8 @@ from typing import Final
 
 COMMITS: Final = frozenset(
     {
-        "deadlines.end_run",
-        "deadlines.end_wait",
+        "passed_deadlines.end_run",
+        "passed_deadlines.end_wait",
         "hand_over.hand_over",
         "instances.announce_stop",
         "instances.claim",
@@ -53,9 +53,9 @@ _RETENTION: Final = "needs data of its age: `tests/retention/` kills a removal a
 _WEBHOOK: Final = "only with an endpoint that fails: `tests/crash/test_webhooks.py`"
 UNREACHED: Final[Mapping[str, str]] = {
     "adoption.adopt": "only after the instance was renamed: `tests/crash/test_renamed_instance.py`",
-    "deadlines.end_pauses": "only after several interruptions of a turn",
-    "deadlines.end_reopening": "needs the time to reopen a run to pass",
-    "deadlines.move_to_clock": "only after another boot of the machine",
+    "passed_deadlines.end_pauses": "only after several interruptions of a turn",
+    "passed_deadlines.end_reopening": "needs the time to reopen a run to pass",
+    "passed_deadlines.move_to_clock": "only after another boot of the machine",
     "launch_records.record_late_end": "only for processes that could not be killed at first",
     "launch_records.take_unended": _REPLICAS,
     "reports.close_abandoned": _REPLICAS,

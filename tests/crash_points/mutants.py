@@ -56,7 +56,7 @@ def complete_the_report_first() -> None:
 def close_launches_first() -> None:
     """Close the launch records of a recovery before the processes of the launches are killed."""
     from runrecovery_service.agents.end_launches import LaunchEnder
-    from runrecovery_service.process.ending import Ending
+    from runrecovery_service.process.ending_result import Ending
     from runrecovery_service.storage import launch_records
 
     end, close_all = LaunchEnder.end, launch_records.close_all

@@ -11,7 +11,6 @@ from typing import Final
 
 import pytest
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.plan import RecoveryPlan
 from runrecovery_service.domain.reconciliation import Cause
@@ -32,6 +31,7 @@ from runrecovery_service.domain.run import (
     RecoveryState,
     RunStatus,
 )
+from runrecovery_service.domain.steady_time import Due, SteadyTime
 from runrecovery_service.domain.transitions import is_legal
 from runrecovery_service.domain.turn import Asked, Succeeded
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck

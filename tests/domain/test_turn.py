@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.run import ErrorCode, InteractionKind, Question, RunError
+from runrecovery_service.domain.steady_time import DueKind
 from runrecovery_service.domain.turn import (
     Asked,
     Failed,

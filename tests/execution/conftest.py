@@ -18,18 +18,18 @@ from runrecovery_service.agents.session_checks import SessionChecker
 from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.clock import Clock
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.launcher import Launcher
+from runrecovery_service.execution.lease_deadline import TreeDeadline
 from runrecovery_service.execution.run_queue import RunQueue
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory, TurnRecordsFactory
-from runrecovery_service.execution.tree_deadline import TreeDeadline
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.watermark import watermark_bits

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import Run, RunStatus
-from runrecovery_service.storage import deadlines, runs
+from runrecovery_service.storage import passed_deadlines, runs
 
 from .conftest import Execution, NewExecution, until
 
@@ -26,7 +26,7 @@ async def asks(execution: Execution) -> str:
 async def test_a_deadline_that_cannot_be_carried_out_does_not_delay_others(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, end_wait, bad = runs.get_by_key, deadlines.end_wait, list[int]()
+    read, end_wait, bad = runs.get_by_key, passed_deadlines.end_wait, list[int]()
 
     def refuse(use: Any) -> Any:
         def refused(db: Any, run_key: int, **named: Any) -> Any:
@@ -37,7 +37,7 @@ async def test_a_deadline_that_cannot_be_carried_out_does_not_delay_others(
 
         return refused
 
-    monkeypatch.setattr(deadlines, "end_wait", refuse(end_wait))
+    monkeypatch.setattr(passed_deadlines, "end_wait", refuse(end_wait))
     monkeypatch.setattr(runs, "get_by_key", lambda db, key: _unless(bad, key, read, db))
     first = await asks(execution)
     await until(lambda: _true(bool(bad)))
@@ -62,7 +62,7 @@ def _unless(bad: list[int], key: int, read: Any, db: Any) -> Run:
 async def test_an_automatic_decision_whose_commit_answer_was_lost_is_delivered(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end_wait, lost = deadlines.end_wait, list[int]()
+    end_wait, lost = passed_deadlines.end_wait, list[int]()
 
     def commit_and_lose(db: Any, run_key: int, **named: Any) -> Any:
         answer = end_wait(db, run_key, **named)
@@ -72,7 +72,7 @@ async def test_an_automatic_decision_whose_commit_answer_was_lost_is_delivered(
         return answer
 
     monkeypatch.setattr(execution.storage, "_writer", None)  # each use is a commit of its own
-    monkeypatch.setattr(deadlines, "end_wait", commit_and_lose)
+    monkeypatch.setattr(passed_deadlines, "end_wait", commit_and_lose)
     run_id = await execution.create("sticky", ASKS, require_user_reply=False, session_timeout_s=0.3)
 
     run = await execution.until_ended(run_id)

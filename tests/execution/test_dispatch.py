@@ -11,7 +11,7 @@ import pytest
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.execution import dispatcher
-from runrecovery_service.process import processes, sweep
+from runrecovery_service.process import processes, tree_ending
 from runrecovery_service.storage import turn_ends, turn_starts
 
 from .conftest import Execution, until
@@ -75,7 +75,7 @@ async def test_a_tree_that_could_not_be_searched_for_is_searched_for_again(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = OSError(24, "too many open files")
-    monkeypatch.setattr(processes, "end_trees", failing_first(2, error, sweep.end_trees))
+    monkeypatch.setattr(processes, "end_trees", failing_first(2, error, tree_ending.end_trees))
 
     run = await execution.until_ended(await execution.create("quick"))
 

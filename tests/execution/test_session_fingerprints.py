@@ -23,8 +23,8 @@ from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.process import processes
-from runrecovery_service.process.ending import Ending
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.ending_result import Ending
+from runrecovery_service.process.tree_ending import end_trees
 from runrecovery_service.storage import reopening
 from support.engines import AGENTS
 

@@ -13,8 +13,8 @@ from runrecovery_service.execution import (
     dispatcher,
 )
 from runrecovery_service.process import processes
-from runrecovery_service.process.ending import Ending
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.ending_result import Ending
+from runrecovery_service.process.tree_ending import end_trees
 from runrecovery_service.storage import launch_records
 from support.processes import living_process
 

@@ -26,8 +26,8 @@ from runrecovery_service.process import processes
 from runrecovery_service.process.launch import prepare
 from runrecovery_service.process.launch_errors import LaunchFailed
 from runrecovery_service.process.shimmed_process import ShimmedProcess
-from runrecovery_service.process.sweep import end_trees
-from runrecovery_service.storage import deadlines, interactions, launch_records, turns
+from runrecovery_service.process.tree_ending import end_trees
+from runrecovery_service.storage import interactions, launch_records, passed_deadlines, turns
 from support.processes import is_alive, is_stopped, send_signal
 
 from .conftest import Execution, NewExecution, until
@@ -212,10 +212,10 @@ async def test_a_reply_right_before_the_end_of_the_wait_is_delivered(
     write, answers = execution.storage.write, list[object]()
 
     async def reply_first(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        if use is deadlines.end_wait:
+        if use is passed_deadlines.end_wait:
             await execution.reply(run_id, "now")
         answer = await write(use, *args, **named)
-        if use is deadlines.end_wait:
+        if use is passed_deadlines.end_wait:
             answers.append(answer)
         return answer
 

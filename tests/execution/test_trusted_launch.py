@@ -11,8 +11,8 @@ import pytest
 import structlog
 from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.run import Profile, RunStatus
+from runrecovery_service.domain.steady_time import DueKind
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.storage import runs
 from runrecovery_service.trust.errors import TrustFileBusy

@@ -9,8 +9,8 @@ from typing import Any, Final
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.run import InteractionKind, Profile, Question, RunError
+from runrecovery_service.domain.steady_time import DueKind
 from runrecovery_service.domain.turn import Asked, Succeeded
 from runrecovery_service.domain.usage import Budget, TurnUsage, Usage
 from runrecovery_service.engines.dialect import (

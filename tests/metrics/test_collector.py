@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import structlog
-from runrecovery_service.counters import Meters, SharedCounter
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.metric_counters import Meters, SharedCounter
 from runrecovery_service.metrics import collector
 from runrecovery_service.metrics.collector import Collector, Counts, StoredCounts
 from runrecovery_service.metrics.exposition import render
-from runrecovery_service.metrics.families import Family, families_of
+from runrecovery_service.metrics.snapshot import Family, families_of
 from runrecovery_service.storage.run_counts import RunCount
 from support.clock import FakeClock
 

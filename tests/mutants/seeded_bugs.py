@@ -198,14 +198,14 @@ MUTANTS: Final = (
     ),
     Mutant(
         name="decided-for-the-user-who-must-reply",
-        file="storage/deadlines.py",
+        file="storage/passed_deadlines.py",
         old="if not run.require_user_reply and run.pending is not None:",
         new="if run.pending is not None:",
         test="tests/storage/test_deadlines.py",
     ),
     Mutant(
         name="pause-before-resume-unlimited",
-        file="storage/deadlines.py",
+        file="storage/passed_deadlines.py",
         old="AND {which} AND resume_due_us > ?",
         new="AND {which} AND resume_due_us < ?",
         test="tests/storage/test_resume.py",
@@ -338,7 +338,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         name="processes-of-an-earlier-boot-signalled",
-        file="process/sweep.py",
+        file="process/tree_ending.py",
         old="if launch.host.boot_id == here.boot_id:",
         new="if launch.host.host_id == here.host_id:",
         test="tests/process/test_sweep_spares.py",

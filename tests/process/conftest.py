@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from process.trees import PATIENCE_S, Grow, Signals, Start, Tree, clear_away, in_ns
-from runrecovery_service.process import procfs, sweep
+from runrecovery_service.process import procfs, tree_ending
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.launch import OutputRest, prepare
 from runrecovery_service.process.markers import COOKIE_VARIABLE, LaunchMarkers
@@ -104,5 +104,5 @@ def grow(start: Start) -> Grow:
 def signals(monkeypatch: pytest.MonkeyPatch) -> Signals:
     """Record every signal that a sweep sends."""
     recorder = Signals()
-    monkeypatch.setattr(sweep, "log", recorder)
+    monkeypatch.setattr(tree_ending, "log", recorder)
     return recorder

@@ -1,4 +1,4 @@
-"""Let a pid be reused during a sweep, as the first process of a pid namespace; print the result.
+"""Let a pid be reused while a tree is ended, by the first process of a pid namespace; print it.
 
 A process with a watermark is swept. At the moment that argv names, it is killed and reaped, and an
 innocent process takes its pid. A check can be left out, by name, to prove that it is needed.
@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from runrecovery_service.process import procfs, shim, signals, sweep
+from runrecovery_service.process import procfs, shim, signals, tree_ending
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.launch_tree import PinnedProcess
 from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.pinned_trees import PinnedTrees
 from runrecovery_service.process.procfs import Proc
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 
 LIFETIME_S = 30
 MARK = secrets.randbits(62)
@@ -112,7 +112,7 @@ if "prove" in without:
     PinnedTrees.prove = believe_the_pin  # type: ignore[assignment, method-assign]
 if "send" in without:
     signals.send = send_unproved
-sweep.log = Log()
+tree_ending.log = Log()
 
 ours = sleeper(set_watermark)
 began = time.clock_gettime(time.CLOCK_BOOTTIME)

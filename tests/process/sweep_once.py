@@ -17,7 +17,7 @@ import sys
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.procfs import RLIMIT_LOCKS
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 
 PR_SET_DUMPABLE = 4
 

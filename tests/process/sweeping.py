@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 from process.trees import Signals, Tree
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.process.markers import LaunchMarkers
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 
 NewLease = Callable[[], LaunchMarkers]
 

@@ -9,7 +9,7 @@ from process.trees import Start
 from runrecovery_service.engines import demo_agent, jsonl
 from runrecovery_service.engines.dialect import ProgressMessage, RunContext
 from runrecovery_service.process import procfs
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 
 
 def test_its_whole_tree_is_found_after_a_crash_of_service_and_shim(

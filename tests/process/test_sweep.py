@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from process.sweeping import ESCAPEES, end, once_asked, only_root, unrecorded
 from process.trees import Grow, Signals, Start, Tree, alive, until
-from runrecovery_service.process import sweep
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process import tree_ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.process.markers import LaunchMarkers
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 
 
 def orphaned(tree: Tree) -> Tree:
@@ -212,7 +212,7 @@ def test_a_stopped_shim_is_killed_after_its_whole_tree(
                 at_the_shims_signal.append(tree.nobody_alive())
 
     log = Log()
-    monkeypatch.setattr(sweep, "log", log)
+    monkeypatch.setattr(tree_ending, "log", log)
     ending = end(tree.lease, grace_s=0.2)
 
     assert ending == Ending(found=3, ended=3, gone=True)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from process.sweeping import ESCAPEES, NewLease, end, once, once_asked, unrecorded
 from process.trees import Grow, Signals, until
-from runrecovery_service.process import procfs, sweep
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process import procfs, tree_ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.process.procfs import Proc
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 
 
 def test_sends_sigterm_before_sigkill(grow: Grow, signals: Signals) -> None:
@@ -104,13 +104,13 @@ def test_an_unreaped_shim_is_dead(grow: Grow, signals: Signals) -> None:
 
 def scans(monkeypatch: pytest.MonkeyPatch, note: Callable[[], object]) -> None:
     """Call `note` before each scan of all processes."""
-    real = sweep._Sweep._scan
+    real = tree_ending._Sweep._scan
 
-    def scan(self: sweep._Sweep) -> tuple[dict[int, Proc], dict[int, Any]]:
+    def scan(self: tree_ending._Sweep) -> tuple[dict[int, Proc], dict[int, Any]]:
         note()
         return real(self)
 
-    monkeypatch.setattr(sweep._Sweep, "_scan", scan)
+    monkeypatch.setattr(tree_ending._Sweep, "_scan", scan)
 
 
 def test_a_launch_without_processes_takes_two_scans(
@@ -342,7 +342,7 @@ def test_no_marker_is_ever_logged(grow: Grow, signals: Signals) -> None:
 
 
 def test_there_is_one_place_that_sends_signals() -> None:
-    root = Path(sweep.__file__).parents[1]
+    root = Path(tree_ending.__file__).parents[1]
     words = ("pidfd_send_signal", "os.kill", "killpg", "send_signal(", ".terminate(", ".kill(")
     senders = {
         str(path.relative_to(root))
@@ -359,13 +359,13 @@ def test_a_found_process_is_killed_even_if_the_first_scan_outlasts_the_deadline(
 ) -> None:
     tree = grow("stubborn", "child", "escapee")
     skipped = [0.0]
-    look = sweep._Sweep._scan_and_pin
+    look = tree_ending._Sweep._scan_and_pin
 
-    def look_slowly(self: sweep._Sweep) -> None:
+    def look_slowly(self: tree_ending._Sweep) -> None:
         look(self)
         skipped[0] = 1000.0
 
-    monkeypatch.setattr(sweep._Sweep, "_scan_and_pin", look_slowly)
+    monkeypatch.setattr(tree_ending._Sweep, "_scan_and_pin", look_slowly)
 
     ending = end(tree.lease, grace_s=5, deadline_s=10, clock=lambda: time.monotonic() + skipped[0])
 

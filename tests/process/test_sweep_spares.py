@@ -17,7 +17,7 @@ import pytest
 from process.sweeping import ROOT, NewLease, end, only_root, unrecorded
 from process.trees import PATIENCE_S, Grow, Signals, alive, send_signal
 from runrecovery_service.process import procfs
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.process.markers import COOKIE_VARIABLE, LaunchMarkers
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 from replicas.dead_instance import AGAIN, Pair, set_lease
-from runrecovery_service.counters import Meters
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.recovery.hand_over import HandOver
 from runrecovery_service.recovery.takeover import TakeoverLoop
 from runrecovery_service.stop_signal import StopSignal

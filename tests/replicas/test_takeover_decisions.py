@@ -9,7 +9,7 @@ import pytest
 from replicas.dead_instance import AGAIN, HOST_RETURN_S, RESUMES, Pair, crash, deliver, rules_of
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation, ReconciliationState
 from runrecovery_service.domain.run import Profile, RunStatus
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.storage import (
     dead_instances,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from replicas.dead_instance import Pair, deliver, set_lease
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import StorageBusy
 from runrecovery_service.domain.reconciliation import Cause
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.metric_counters import Meters
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.recovery.takeover import TakeoverLoop
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, newer_words

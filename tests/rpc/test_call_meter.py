@@ -8,7 +8,7 @@ from typing import cast
 
 import grpc
 import pytest
-from runrecovery_service.counters import Meters
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.rpc.call_meter import CallMeter, Context
 
 

@@ -16,9 +16,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from runrecovery_service.domain.start_errors import TlsRefused
-from runrecovery_service.rpc import certificates, tls
+from runrecovery_service.rpc import certificate_reload, certificates
+from runrecovery_service.rpc.certificate_reload import ServerTls
 from runrecovery_service.rpc.certificates import TlsFiles, TlsUnusable
-from runrecovery_service.rpc.tls import ServerTls
 from structlog.testing import capture_logs
 from support.api import Api
 from support.certificates import DAY, Authority, Key, Pair, old_client, self_signed
@@ -325,13 +325,13 @@ def test_a_pair_that_becomes_valid_later_is_used_then(
             else result
         )
 
-    monkeypatch.setattr(tls, "read_certificate", not_yet)
+    monkeypatch.setattr(certificate_reload, "read_certificate", not_yet)
     with serving(ServerTls(files(old)).credentials()) as server:
         files(new)
         seen = [server.certificate()]
         waiting = False
         seen.append(server.certificate())
-        monkeypatch.setattr(tls, "monotonic", lambda: float("inf"))
+        monkeypatch.setattr(certificate_reload, "monotonic", lambda: float("inf"))
         seen.append(server.certificate())
 
     assert seen == [old.certificate, old.certificate, new.certificate]

@@ -12,9 +12,9 @@ import pytest
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery_service.domain.caller import ANYONE
-from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.reconciliation import Cause, RecoveredFilter
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
+from runrecovery_service.domain.steady_time import Due, SteadyTime
 from runrecovery_service.rpc import watch_streams
 from runrecovery_service.rpc.callers import CALLER
 from runrecovery_service.rpc.gate import Gate

@@ -28,9 +28,9 @@ class Patches:
 
 def _rearm_deadlines_from_now(patches: Patches) -> None:
     """Begin the wait for a reply anew at each start."""
-    from runrecovery_service.storage import deadlines
+    from runrecovery_service.storage import passed_deadlines
 
-    move_to_clock = deadlines.move_to_clock
+    move_to_clock = passed_deadlines.move_to_clock
 
     def rearm(db: Any, owner: Any, *, now: Any, steady: Any) -> int:
         count = move_to_clock(db, owner, now=now, steady=steady)
@@ -42,7 +42,7 @@ def _rearm_deadlines_from_now(patches: Patches) -> None:
             )
         return count
 
-    patches.set(deadlines, "move_to_clock", rearm)
+    patches.set(passed_deadlines, "move_to_clock", rearm)
 
 
 def _free_slots_twice(patches: Patches) -> None:
@@ -74,7 +74,7 @@ def _free_slots_early(patches: Patches) -> None:
 def _spare_orphans(patches: Patches) -> None:
     """Record the end of orphans, and let them live."""
     from runrecovery_service.agents.end_launches import LaunchEnder
-    from runrecovery_service.process.ending import NOTHING_LEFT
+    from runrecovery_service.process.ending_result import NOTHING_LEFT
 
     patches.set(LaunchEnder, "end", lambda _, launches: {one.key: NOTHING_LEFT for one in launches})
 

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 from runrecovery_service.domain.reconciliation import Orphan
 from runrecovery_service.process import output_rest, wire
-from runrecovery_service.process.ending import BY_SERVICE, Ending
+from runrecovery_service.process.ending_result import BY_SERVICE, Ending
 from runrecovery_service.process.launch_errors import LaunchDelayed, LaunchFailed, ShimLost
 from runrecovery_service.process.markers import LaunchMarkers, Proof
 from runrecovery_service.process.processes import LaunchPlan

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from runrecovery_service.counters import Histogram
+from runrecovery_service.metric_counters import Histogram
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.group_commit import WRITES_PER_COMMIT, GroupCommitWriter, _Write

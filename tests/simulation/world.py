@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, Final
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.steady_time import SteadyTime
 from runrecovery_service.process.host import Host
 from runrecovery_service.storage.rows import to_us
 from simulation.virtual_loop import VirtualLoop

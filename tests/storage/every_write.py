@@ -12,9 +12,9 @@ from runrecovery_service.domain.session_check import SessionFinding, SessionVerd
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.storage import (
-    deadlines,
     instances,
     launch_records,
+    passed_deadlines,
     recovery_apply,
     reopening,
     reports,
@@ -107,13 +107,15 @@ def _reopen(prepared: Prepared) -> Any:
 def _end_window(prepared: Prepared) -> None:
     store = prepared.store
     store.advance(7200)
-    deadlines.end_reopening(store.db, [prepared.lost.key], owner=store.owner, steady=store.steady)
+    passed_deadlines.end_reopening(
+        store.db, [prepared.lost.key], owner=store.owner, steady=store.steady
+    )
 
 
 def _rearm(prepared: Prepared) -> None:
     store = prepared.store
     store.reboot(5)
-    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+    passed_deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
 
 
 def _converge(prepared: Prepared) -> Any:
@@ -160,8 +162,8 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
     "a straggler": lambda p: launch_records.record_late_end(
         p.store.db, [(p.stuck.launch, GONE)], now=p.store.now
     ),
-    "the end of a wait": lambda p: _by_time(p, deadlines.end_wait, p.waits.key),
-    "the end of a run's time": lambda p: _by_time(p, deadlines.end_run, p.timed.key),
+    "the end of a wait": lambda p: _by_time(p, passed_deadlines.end_wait, p.waits.key),
+    "the end of a run's time": lambda p: _by_time(p, passed_deadlines.end_run, p.timed.key),
     "the end of a window": _end_window,
     "other clocks": _rearm,
     "a report that begins": lambda p: p.store.open_report(),

@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import (
@@ -24,6 +23,7 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
+from runrecovery_service.domain.steady_time import Due, SteadyTime
 from runrecovery_service.domain.turn import Asked, TurnEnd
 from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.storage import (

@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from runrecovery_service.domain.deadline import DueKind, SteadyTime
 from runrecovery_service.domain.errors import (
     EtagMismatch,
     Fenced,
@@ -15,10 +14,11 @@ from runrecovery_service.domain.errors import (
     RunOfAnotherInstance,
 )
 from runrecovery_service.domain.run import Profile, Run, RunEventKind, RunStatus
-from runrecovery_service.storage import deadlines, events, instances, reopening, runs
+from runrecovery_service.domain.steady_time import DueKind, SteadyTime
+from runrecovery_service.storage import events, instances, passed_deadlines, reopening, runs
 from runrecovery_service.storage.database import Stale
-from runrecovery_service.storage.deadlines import PassedDeadline
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.passed_deadlines import PassedDeadline
 from storage.service_store import REOPEN_S, ServiceStore, boot, receipt
 
 
@@ -234,11 +234,11 @@ def test_the_owner_converts_the_deadlines_of_a_run_that_a_peer_has_reopened(
     run = lost(shared, require_user_reply=False, max_run_s=600.0)
     reopen(shared, run, peer)
 
-    found = deadlines.passed_deadlines(shared.db, shared.owner, steady=shared.steady, limit=9)
+    found = passed_deadlines.find(shared.db, shared.owner, steady=shared.steady, limit=9)
     assert found == [
         PassedDeadline(run.key, kind, is_of_clock=False) for kind in (DueKind.WAIT, DueKind.RUN)
     ]
-    deadlines.move_to_clock(shared.db, shared.owner, now=shared.now, steady=shared.steady)
+    passed_deadlines.move_to_clock(shared.db, shared.owner, now=shared.now, steady=shared.steady)
 
     assert [shared.column(run, f"{kind}_due_us") for kind in ("wait", "run")] == [
         shared.steady.us + 90_000_000,
@@ -252,7 +252,7 @@ def test_a_deadline_that_a_peer_has_set_is_not_carried_out_before_it_is_converte
 ) -> None:
     run = reopen(shared, lost(shared, require_user_reply=False), peer)
 
-    ended = deadlines.end_wait(
+    ended = passed_deadlines.end_wait(
         shared.db, run.key, owner=shared.owner, now=shared.now, steady=shared.steady
     )
 

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import Fenced, InteractionSuperseded, RunNotWaiting
 from runrecovery_service.domain.run import InteractionState, Profile, Run, RunStatus
-from runrecovery_service.storage import deadlines, interactions
+from runrecovery_service.domain.steady_time import DueKind
+from runrecovery_service.storage import interactions, passed_deadlines
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.deadlines import PassedDeadline
+from runrecovery_service.storage.passed_deadlines import PassedDeadline
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import QUESTION, REOPEN_S, WAIT_S, ServiceStore
 
@@ -25,21 +25,21 @@ RUN_S = 600.0
 
 
 def passed(store: ServiceStore) -> list[PassedDeadline]:
-    return deadlines.passed_deadlines(store.db, store.owner, steady=store.steady, limit=100)
+    return passed_deadlines.find(store.db, store.owner, steady=store.steady, limit=100)
 
 
 def rearm(store: ServiceStore) -> int:
-    return deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+    return passed_deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
 
 
 def end_wait(store: ServiceStore, run: Run) -> Run | None:
     given: dict[str, Any] = {"owner": store.owner, "now": store.now, "steady": store.steady}
-    return deadlines.end_wait(store.db, run.key, **given)
+    return passed_deadlines.end_wait(store.db, run.key, **given)
 
 
 def end_run(store: ServiceStore, run: Run) -> Run | None:
     given: dict[str, Any] = {"owner": store.owner, "now": store.now, "steady": store.steady}
-    return deadlines.end_run(store.db, run.key, **given)
+    return passed_deadlines.end_run(store.db, run.key, **given)
 
 
 def armed(store: ServiceStore) -> Run:
@@ -232,7 +232,7 @@ def test_a_superseded_epoch_decides_nothing(store: ServiceStore) -> None:
     store.advance(WAIT_S)
 
     with pytest.raises(Fenced):
-        deadlines.end_wait(store.db, run.key, owner=old, now=store.now, steady=store.steady)
+        passed_deadlines.end_wait(store.db, run.key, owner=old, now=store.now, steady=store.steady)
     assert store.get(run).status is RunStatus.WAITING_USER
 
 
@@ -244,7 +244,7 @@ def test_a_reply_that_is_accepted_between_check_and_write_wins_over_the_deadline
         pytest.skip("a transaction of SQLite excludes every other writer")
     run = store.waiting(profile=Profile.STICKY_PROCESS)
     store.advance(WAIT_S)
-    look, replies = deadlines._has_passed, iter([partial(store.reply, run, "just in time")])
+    look, replies = passed_deadlines._has_passed, iter([partial(store.reply, run, "just in time")])
 
     def reply_after_the_look(*args: Any) -> bool:
         answer = look(*args)
@@ -252,7 +252,7 @@ def test_a_reply_that_is_accepted_between_check_and_write_wins_over_the_deadline
             elsewhere(store, reply)
         return answer
 
-    monkeypatch.setattr(deadlines, "_has_passed", reply_after_the_look)
+    monkeypatch.setattr(passed_deadlines, "_has_passed", reply_after_the_look)
 
     assert end_wait(store, run) is None
     assert store.get(run).status is RunStatus.RUNNING
@@ -280,9 +280,9 @@ def test_a_superseded_epoch_closes_no_question_and_removes_no_deadline(store: Se
     before = store.dump()
 
     with pytest.raises(Fenced):
-        deadlines.end_wait(store.db, run.key, owner=old, now=store.now, steady=store.steady)
+        passed_deadlines.end_wait(store.db, run.key, owner=old, now=store.now, steady=store.steady)
     with pytest.raises(Fenced):
-        deadlines.end_reopening(store.db, [run.key], owner=old, steady=store.steady)
+        passed_deadlines.end_reopening(store.db, [run.key], owner=old, steady=store.steady)
     assert store.dump() == before
 
 
@@ -304,7 +304,7 @@ def test_deadlines_that_passed_first_come_first(
         store.set(run, wait_due_us=store.steady_us + seconds)
     store.advance(10)
 
-    found = deadlines.passed_deadlines(store.db, store.owner, steady=store.steady, limit=2)
+    found = passed_deadlines.find(store.db, store.owner, steady=store.steady, limit=2)
 
     assert [one.run_key for one in found] == [first.key, middle.key]
 
@@ -402,7 +402,7 @@ def test_a_session_is_kept_until_its_reopen_deadline(store: ServiceStore, step: 
 
     assert early == []
     assert passed(store) == [PassedDeadline(run.key, DueKind.REOPEN)]
-    deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
+    passed_deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
     assert passed(store) == []
     assert store.rows("SELECT retired_value, session_value FROM run") == [(None, None)]
 
@@ -415,7 +415,7 @@ def test_a_session_is_not_forgotten_by_the_clock_of_another_boot(store: ServiceS
     store.reboot(60)
     store.steady_us += 10**15  # a time of another clock than that of the row
 
-    deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
+    passed_deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
 
     assert store.rows("SELECT retired_value FROM run") == kept != [(None,)]
 
@@ -435,7 +435,7 @@ def test_a_batch_of_a_takeover_reads_only_the_deadlines_of_its_own_runs(
     shared.db.execute("UPDATE run SET reopen_due_us = 1 WHERE id BETWEEN 1 AND 2000")
     shared.db.execute("ANALYZE run")
 
-    deadlines.move_range(
+    passed_deadlines.move_range(
         Explaining(shared.db.peewee, shared.db.dialect, shared.db.name),
         shared.owner,
         first=1,

@@ -19,7 +19,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded
-from runrecovery_service.storage import deadlines, events
+from runrecovery_service.storage import events, passed_deadlines
 from runrecovery_service.storage.recovery_apply import Batch
 from storage.service_store import QUESTION, WAIT_S, ServiceStore
 
@@ -157,7 +157,9 @@ def test_only_the_latest_events_are_kept(
 def test_an_automatic_decision_is_an_event_of_its_own_kind(store: ServiceStore) -> None:
     run = store.waiting(require_user_reply=False)
     store.advance(WAIT_S)
-    deadlines.end_wait(store.db, run.key, owner=store.owner, now=store.now, steady=store.steady)
+    passed_deadlines.end_wait(
+        store.db, run.key, owner=store.owner, now=store.now, steady=store.steady
+    )
 
     last = events_of(store, run)[-1]
     assert (last.kind, last.interaction_id) == (K.AUTO_DECIDED, 1)

@@ -25,7 +25,7 @@ from runrecovery_service.domain.reconciliation import (
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.domain.webhook import WebhookEvent, WebhookFilter
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.recovery import reconcile
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.reconcile import (

@@ -6,7 +6,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import (
     EtagMismatch,
     RequestIdReused,
@@ -15,8 +14,9 @@ from runrecovery_service.domain.errors import (
     SessionNotResumable,
 )
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
+from runrecovery_service.domain.steady_time import DueKind
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.storage import deadlines, decisions, events, interactions, reopening
+from runrecovery_service.storage import decisions, events, interactions, passed_deadlines, reopening
 from storage.service_store import REOPEN_S, ServiceStore, receipt
 
 ENGINE_WAIT_S = 90.0
@@ -183,13 +183,12 @@ def test_a_run_is_reopened_only_before_its_deadline(store: ServiceStore) -> None
 def test_a_deadline_of_an_earlier_boot_refuses_reopening_until_it_is_rearmed(
     store: ServiceStore,
 ) -> None:
-    from runrecovery_service.storage import deadlines
 
     run = lost(store)
     store.reboot(60)
     with pytest.raises(RunNotReopenable):
         reopen(store, run)
-    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+    passed_deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
 
     assert reopen(store, run).status is RunStatus.WAITING_USER
 
@@ -293,7 +292,7 @@ def test_the_deadlines_of_a_reopened_run_pass_at_the_times_that_callers_see(
     reopen(store, run)
 
     def passed() -> list[DueKind]:
-        found = deadlines.passed_deadlines(store.db, store.owner, steady=store.steady, limit=9)
+        found = passed_deadlines.find(store.db, store.owner, steady=store.steady, limit=9)
         return [one.kind for one in found]
 
     found = [passed()]

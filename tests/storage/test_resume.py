@@ -26,7 +26,13 @@ from runrecovery_service.domain.turn import (
     SessionGone,
     Succeeded,
 )
-from runrecovery_service.storage import deadlines, interactions, launch_records, turn_starts, turns
+from runrecovery_service.storage import (
+    interactions,
+    launch_records,
+    passed_deadlines,
+    turn_starts,
+    turns,
+)
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import QUESTION, ServiceStore
 
@@ -60,9 +66,9 @@ def next_turn(store: ServiceStore) -> Turn:
 
 
 def end_pauses(store: ServiceStore) -> None:
-    passed = deadlines.passed_deadlines(store.db, store.owner, steady=store.steady, limit=10)
+    passed = passed_deadlines.find(store.db, store.owner, steady=store.steady, limit=10)
     if keys := [one.run_key for one in passed]:
-        deadlines.end_pauses(store.db, keys, owner=store.owner, steady=store.steady)
+        passed_deadlines.end_pauses(store.db, keys, owner=store.owner, steady=store.steady)
 
 
 def stop(store: ServiceStore) -> None:
@@ -203,7 +209,7 @@ def test_a_pause_goes_on_after_a_reboot_of_the_machine(store: ServiceStore) -> N
     store.recover()
     store.reboot(60)
     store.restart()
-    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+    passed_deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
     store.apply_recovery()
 
     end_pauses(store)
@@ -221,7 +227,7 @@ def test_a_pause_after_a_reboot_leaves_the_deadline_of_the_run_where_it_was(
     store.reboot(60)
     store.restart()
     store.apply_recovery()
-    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+    passed_deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
 
     left_us = store.column(run, "run_due_us") - store.steady.us
     pause_us = store.column(run, "resume_due_us") - store.steady.us
@@ -400,7 +406,7 @@ def test_the_end_of_a_pause_of_an_older_epoch_changes_nothing(store: ServiceStor
     before = store.get(run)
 
     with pytest.raises(Fenced):
-        deadlines.end_pauses(store.db, [run.key], owner=old, steady=store.steady)
+        passed_deadlines.end_pauses(store.db, [run.key], owner=old, steady=store.steady)
 
     assert store.get(run) == before
 
@@ -500,7 +506,7 @@ def test_a_pause_that_another_machine_recorded_is_converted(store: ServiceStore)
     store.restart()
     store.apply_recovery()
 
-    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+    passed_deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
 
     assert store.column(run, "resume_due_us") - store.steady.us <= 10_000_000
 
@@ -513,7 +519,7 @@ def test_a_wall_clock_that_was_set_back_prolongs_no_pause(store: ServiceStore) -
     store.step_wall_clock(timedelta(days=-365))
     store.restart()
 
-    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+    passed_deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
 
     assert store.column(run, "resume_due_us") - store.steady.us == 300_000_000
 

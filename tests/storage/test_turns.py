@@ -19,7 +19,13 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded, TurnEnd
-from runrecovery_service.storage import deadlines, interactions, launch_records, turn_ends, turns
+from runrecovery_service.storage import (
+    interactions,
+    launch_records,
+    passed_deadlines,
+    turn_ends,
+    turns,
+)
 from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import GONE, QUESTION, WAIT_S, ServiceStore
@@ -297,7 +303,7 @@ def test_a_run_whose_process_could_not_be_ended_is_not_launched(store: ServiceSt
 
 
 def stop_waiting(store: ServiceStore, run: Run) -> bool:
-    ended = deadlines.end_wait(
+    ended = passed_deadlines.end_wait(
         store.db, run.key, owner=store.owner, now=store.now, steady=store.steady
     )
     return ended is not None

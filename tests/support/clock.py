@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.steady_time import SteadyTime
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from runrecovery_service.domain.reconciliation import TrustClearing
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.recovery.reconcile import RecordRemovals
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.launch_records import LaunchRecord

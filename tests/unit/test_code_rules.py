@@ -126,7 +126,7 @@ def test_runs_are_updated_only_in_the_files_that_compare_and_set() -> None:
         and node.value.lstrip().startswith("UPDATE run ")
     }
 
-    # storage/deadlines.py updates deadlines only; it ends runs through storage/runs.py.
+    # storage/passed_deadlines.py updates deadlines only; it ends runs through storage/runs.py.
     # storage/interruptions.py and storage/found_ends.py add to the runs of a batch that
     # storage/recovery_apply.py decides.
     # storage/stale_bindings.py clears the sessions of ended runs.
@@ -134,7 +134,7 @@ def test_runs_are_updated_only_in_the_files_that_compare_and_set() -> None:
     # storage/usage.py adds to counters, which are no part of a run's state, and names the epoch.
     assert writers == {
         "storage/runs.py", "storage/recovery_apply.py", "storage/reopening.py",
-        "storage/deadlines.py", "storage/session_checks.py", "storage/interruptions.py",
+        "storage/passed_deadlines.py", "storage/session_checks.py", "storage/interruptions.py",
         "storage/usage.py", "storage/found_ends.py", "storage/stale_bindings.py",
         "storage/work_stealing.py", "storage/hand_over.py",
     }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 from runrecovery_service.config.settings import TraceSettings
-from runrecovery_service.counters import Meters
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.traces import setup
 from runrecovery_service.traces.collector_session import CollectorSession
 from support.webhook_receiver import OK, Behave, Received, Receiver, answer, status

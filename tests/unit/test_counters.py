@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from runrecovery_service.counters import Counter, Histogram, Meters, SharedCounter
+from runrecovery_service.metric_counters import Counter, Histogram, Meters, SharedCounter
 
 
 def test_a_value_on_a_bound_is_in_the_bucket_of_the_bound() -> None:

@@ -29,10 +29,10 @@ from runrecovery_service.config.settings import (
     TraceSettings,
     WebhookSettings,
 )
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact
 from runrecovery_service.domain.run import ErrorCode
 from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.metrics.exposition import render
 from runrecovery_service.metrics.gauges import GAUGES
 from runrecovery_service.rpc import errors

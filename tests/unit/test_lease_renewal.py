@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from runrecovery_service.execution.tree_deadline import TreeDeadline
+from runrecovery_service.execution.lease_deadline import TreeDeadline
 from runrecovery_service.lease_renewal import LeaseRenewal
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.stop_signal import StopSignal

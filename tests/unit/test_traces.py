@@ -13,9 +13,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, Sp
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from runrecovery_service.config.reloading import plan_reload
 from runrecovery_service.config.settings import Settings, TraceSettings
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.start_errors import PackagesMissing, TracesRefused
 from runrecovery_service.extras import demand_packages
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.offline import check
 from runrecovery_service.traces.otel_tracer import KeyedIds, OtelTracer
 from runrecovery_service.traces.setup import QUEUE_SPANS, build_tracer, sampler, traces_url

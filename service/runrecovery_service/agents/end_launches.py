@@ -9,7 +9,7 @@ from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.cgroup import CgroupParent
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.process.processes import MachineProcesses, Processes
 from runrecovery_service.process.shim_journal import killed_by_shim
 from runrecovery_service.storage.launch_records import LaunchRecord

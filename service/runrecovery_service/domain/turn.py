@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from typing import Final, TypeAlias
 
-from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.run import ErrorCode, JsonObject, Question, RunError
+from runrecovery_service.domain.steady_time import DueKind
 from runrecovery_service.lazy_dataclass import dataclass
 
 RUN_TIMEOUT: Final = "The run took longer than its engine allows."

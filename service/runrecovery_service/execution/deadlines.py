@@ -13,17 +13,17 @@ from typing import Final
 import structlog
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import Fenced, error_facts
 from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.domain.steady_time import DueKind
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import deadlines
+from runrecovery_service.storage import passed_deadlines
 from runrecovery_service.storage.async_storage import Storage
-from runrecovery_service.storage.deadlines import PassedDeadline
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.passed_deadlines import PassedDeadline
 
 log = structlog.get_logger()
 
@@ -31,8 +31,8 @@ CHECK_INTERVAL_S: Final = 0.25
 """Pause between two checks, and so the longest time by which a deadline is carried out late."""
 PER_CHECK: Final = 500
 _TOGETHER: Final = {
-    DueKind.RESUME: deadlines.end_pauses,
-    DueKind.REOPEN: deadlines.end_reopening,
+    DueKind.RESUME: passed_deadlines.end_pauses,
+    DueKind.REOPEN: passed_deadlines.end_reopening,
 }
 """The deadlines that only change rows, so that one write carries out many. Deletion comes last."""
 
@@ -70,11 +70,14 @@ class Deadlines:
     async def check(self) -> None:
         """Carry out all passed deadlines concurrently, so that they share commits."""
         found = await self.storage.read_row(
-            deadlines.passed_deadlines, self.owner, steady=self.clock.steady(), limit=PER_CHECK
+            passed_deadlines.find,
+            self.owner,
+            steady=self.clock.steady(),
+            limit=PER_CHECK,
         )
         if not all(one.is_of_clock for one in found):  # a peer has reopened a run
             await self.storage.write_own(
-                deadlines.move_to_clock,
+                passed_deadlines.move_to_clock,
                 self.owner,
                 now=self.clock.now(),
                 steady=self.clock.steady(),
@@ -108,7 +111,7 @@ class Deadlines:
                 )
 
     async def _carry_out(self, one: PassedDeadline) -> None:
-        end = deadlines.end_wait if one.kind is DueKind.WAIT else deadlines.end_run
+        end = passed_deadlines.end_wait if one.kind is DueKind.WAIT else passed_deadlines.end_run
         run = await self.storage.write(
             end,
             one.run_key,

@@ -23,15 +23,15 @@ from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.dialect import Opening
 from runrecovery_service.execution.blocking import run_blocking
 from runrecovery_service.execution.cli_launch import demand_version, write_files
+from runrecovery_service.execution.lease_deadline import TreeDeadline
 from runrecovery_service.execution.pipes import fill
-from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.execution.turn_log import retry_until_done
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.process.agent_command import agent_environment
 from runrecovery_service.process.cgroup import CgroupParent
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.process.launch import OutputRest
 from runrecovery_service.process.launch_errors import (
     TRANSIENT,

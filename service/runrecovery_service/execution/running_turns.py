@@ -6,9 +6,9 @@ import asyncio
 from collections import Counter
 from dataclasses import field
 
-from runrecovery_service.domain.deadline import DueKind
+from runrecovery_service.domain.steady_time import DueKind
+from runrecovery_service.execution.lease_deadline import TreeDeadline
 from runrecovery_service.execution.supervisor import TurnSupervisor
-from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.lazy_dataclass import dataclass
 
 

@@ -21,7 +21,7 @@ from runrecovery_service.execution.launcher import Launcher
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.periodic import PeriodicTask
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import launch_records
 from runrecovery_service.storage.async_storage import Storage

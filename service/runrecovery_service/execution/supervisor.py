@@ -15,7 +15,6 @@ from typing import Final, TypeGuard
 import structlog
 
 from runrecovery_service.agents.output import OutputFiles
-from runrecovery_service.domain.deadline import Due, DueKind
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.run import (
@@ -28,6 +27,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
     Session,
 )
+from runrecovery_service.domain.steady_time import Due, DueKind
 from runrecovery_service.domain.turn import (
     Asked,
     Failed,
@@ -72,7 +72,7 @@ from runrecovery_service.execution.turn_state import (
     advance,
 )
 from runrecovery_service.lazy_dataclass import dataclass
-from runrecovery_service.process.ending import NOTHING_LEFT, Ending
+from runrecovery_service.process.ending_result import NOTHING_LEFT, Ending
 from runrecovery_service.process.launch_errors import LaunchFailed
 from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.storage.launch_records import LaunchEnd, ResourceUse

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.session_checks import SessionChecker
 from runrecovery_service.clock import Clock
-from runrecovery_service.counters import Meters
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.execution.launcher import Launch, Launcher
 from runrecovery_service.execution.supervisor import TurnSupervisor
@@ -16,6 +15,7 @@ from runrecovery_service.execution.turn_permissions import TurnPermissions
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.execution.turn_sessions import TurnSessions
 from runrecovery_service.lazy_dataclass import dataclass
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.turns import Turn

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.lazy_dataclass import dataclass
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.storage.driver_errors import is_unstorable
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import Due
 from runrecovery_service.domain.run import Interaction, Question, Run, Session
 from runrecovery_service.domain.session_check import SessionFingerprint
+from runrecovery_service.domain.steady_time import Due
 from runrecovery_service.domain.turn import TurnEnd
 from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.execution.turn_log import TurnLog, retry_until_done

@@ -10,8 +10,8 @@ from dataclasses import field, replace
 from enum import Enum, auto
 from typing import Final, TypeAlias
 
-from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.run import ErrorCode, Profile, Question, RunError
+from runrecovery_service.domain.steady_time import DueKind
 from runrecovery_service.domain.turn import Asked, Succeeded, TurnFacts
 from runrecovery_service.domain.usage import UNLIMITED, Budget, TurnUsage, Usage
 from runrecovery_service.engines.dialect import (

@@ -6,8 +6,8 @@ import asyncio
 import ssl
 from typing import Final
 
+from runrecovery_service.rpc.certificate_reload import ServerTls
 from runrecovery_service.rpc.certificates import Certificate, ssl_context
-from runrecovery_service.rpc.tls import ServerTls
 
 FOLLOW_S: Final = 1.0
 """The most time for the check of the files before a handshake, because a disk that hangs must not

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from runrecovery_service import daemon_threads
 from runrecovery_service.clock import Clock
 from runrecovery_service.lazy_dataclass import dataclass
-from runrecovery_service.metrics.families import Family
+from runrecovery_service.metrics.snapshot import Family
 from runrecovery_service.periodic import FailureLog
 from runrecovery_service.storage.run_counts import RunCount
 from runrecovery_service.storage.usage import EngineUsage

@@ -16,7 +16,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from runrecovery_service.metrics.families import Family, Kind
+from runrecovery_service.metrics.snapshot import Family, Kind
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """The only format that is offered. Every version of Prometheus reads it."""

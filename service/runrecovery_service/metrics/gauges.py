@@ -11,7 +11,7 @@ from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
 from runrecovery_service.domain.run import TERMINAL, RunStatus
 from runrecovery_service.lazy_dataclass import dataclass
-from runrecovery_service.metrics.families import Family, Kind, Labels
+from runrecovery_service.metrics.snapshot import Family, Kind, Labels
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.run_counts import RunCount
 from runrecovery_service.storage.usage import EngineUsage

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from runrecovery_service import __version__
 from runrecovery_service.clock import Clock
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.retention import RetentionKind
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
-from runrecovery_service.metrics import families, gauges
+from runrecovery_service.metric_counters import Meters
+from runrecovery_service.metrics import gauges, snapshot
 from runrecovery_service.metrics.collector import Collector, Counts, StoredCounts
 from runrecovery_service.metrics.exposition import CONTENT_TYPE, render
-from runrecovery_service.metrics.families import Family
 from runrecovery_service.metrics.gauges import Present
 from runrecovery_service.metrics.http_server import MetricsServer
+from runrecovery_service.metrics.snapshot import Family
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.gate import Gate
@@ -135,7 +135,7 @@ def build_metrics(sources: Sources, clock: Clock, *, max_connections: int) -> Me
             for outcome in TRY_OUTCOMES:
                 sources.calls.meters.webhook_tries.show_zero(webhook, outcome)
         yield from gauges.families_of(present)
-        yield from families.families_of(sources.calls.meters, LOGGED_EVENTS, LOGGED_LINES)
+        yield from snapshot.families_of(sources.calls.meters, LOGGED_EVENTS, LOGGED_LINES)
 
     return MetricsServer(
         Collector(stored=stored, families=all_families, render=render),

@@ -11,7 +11,7 @@ from typing import Final
 from runrecovery_service.domain.reconciliation import Orphan
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process import procfs
-from runrecovery_service.process.ending import BY_SERVICE, NOTHING_LEFT, Ending
+from runrecovery_service.process.ending_result import BY_SERVICE, NOTHING_LEFT, Ending
 from runrecovery_service.process.markers import (
     Identity,
     LaunchMarkers,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Protocol
 
 from runrecovery_service.lazy_dataclass import dataclass
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.process.launch import OutputRest, prepare
 from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.procfs import Proc, read_proc
 from runrecovery_service.process.resource_limits import ResourceLimits
 from runrecovery_service.process.shimmed_process import ShimmedProcess
-from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.tree_ending import end_trees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ from runrecovery_service.domain.reconciliation import (
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.lazy_dataclass import dataclass
-from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.batch_size import SMALLEST_BATCH, next_batch_rows
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
@@ -55,9 +55,9 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import (
     adoption,
-    deadlines,
     found_ends,
     launch_records,
+    passed_deadlines,
     recovery_apply,
     reports,
     session_checks,
@@ -428,7 +428,7 @@ class Recovery:
 
     def _rearm_deadlines(self, db: Database, report: ReportBuilder) -> None:
         """Convert deadlines to the present clock, because machine or boot may have changed."""
-        count = deadlines.move_to_clock(
+        count = passed_deadlines.move_to_clock(
             db, self.owner, now=self.clock.now(), steady=self.clock.steady()
         )
         if count:

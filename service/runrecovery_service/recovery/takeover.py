@@ -13,12 +13,12 @@ from typing import Final, TypeVar
 
 import structlog
 
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.lazy_dataclass import dataclass
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.recovery.reconcile import DeadInstance, Recovery
 from runrecovery_service.recovery.status import RecoveryStatus

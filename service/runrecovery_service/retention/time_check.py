@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.steady_time import SteadyTime
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import retention
 from runrecovery_service.storage.async_storage import Storage

@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 import grpc
 
-from runrecovery_service.counters import Meters
+from runrecovery_service.metric_counters import Meters
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 

@@ -13,11 +13,11 @@ import structlog
 
 from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.rpc.callers import CallerGuard
+from runrecovery_service.rpc.certificate_reload import ServerTls
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import Holder, ListenAddress, parse_listen_address
 from runrecovery_service.rpc.open_calls import OpenCalls
 from runrecovery_service.rpc.server_sockets import ServerSockets
-from runrecovery_service.rpc.tls import ServerTls
 
 CHECK_INTERVAL_S: Final = 0.2
 """How often the server is checked for having ended by itself."""

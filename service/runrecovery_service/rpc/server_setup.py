@@ -10,6 +10,7 @@ import grpc
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.callers import CallerGuard
+from runrecovery_service.rpc.certificate_reload import ServerTls
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import HealthServicer
 from runrecovery_service.rpc.method_handlers import (
@@ -29,7 +30,6 @@ from runrecovery_service.rpc.reflection import ReflectionServicer
 from runrecovery_service.rpc.run_service import RunDeps, RunService
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.rpc.server_limits import ServerLimits, probe_limits, server_options
-from runrecovery_service.rpc.tls import ServerTls
 
 if TYPE_CHECKING:  # not imported where traces are off
     from runrecovery_service.rpc.call_tracer import CallTracer

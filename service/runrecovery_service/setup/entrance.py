@@ -12,6 +12,7 @@ from runrecovery_service.domain.start_errors import CallersRefused
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.rpc.callers import CallerGuard, CallerTable
+from runrecovery_service.rpc.certificate_reload import ServerTls
 from runrecovery_service.rpc.certificates import TlsUnusable
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import count_addresses
@@ -19,7 +20,6 @@ from runrecovery_service.rpc.refusal_pace import RefusalPace
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.rpc.server_limits import ServerLimits, calls_per_connection
 from runrecovery_service.rpc.server_setup import build_probe_server
-from runrecovery_service.rpc.tls import ServerTls
 from runrecovery_service.setup.access import read_callers, tls_files
 
 HTTP_CONNECTIONS: Final = 2_000

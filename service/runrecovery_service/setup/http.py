@@ -10,9 +10,9 @@ from runrecovery_service.http.origins import OriginPolicy
 from runrecovery_service.http.server import HttpLimits, HttpServer
 from runrecovery_service.http.tls import HttpTls
 from runrecovery_service.rpc.callers import CallerGuard
+from runrecovery_service.rpc.certificate_reload import ServerTls
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server_setup import Contract
-from runrecovery_service.rpc.tls import ServerTls
 
 
 def build_http(

@@ -15,17 +15,17 @@ from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.claim import claim_epoch, this_start
 from runrecovery_service.config.settings import Settings
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.reconciliation import Containment
 from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.execution.found_ends import EndFinder
+from runrecovery_service.execution.lease_deadline import TreeDeadline
 from runrecovery_service.execution.running_turns import RunningTurns
-from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.lease_renewal import tree_deadline_ns
 from runrecovery_service.locks import ServiceLocks, runs_dir
 from runrecovery_service.lost_commits import noted_loss
 from runrecovery_service.machine import Machine
 from runrecovery_service.machine_limits import open_cgroup_parent
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.status import RecoveryStatus

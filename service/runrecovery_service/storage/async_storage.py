@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import structlog
 
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import NotNow, RunRecoveryError
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.storage.changes import (
     Changes,
     SharedPoll,

@@ -9,8 +9,8 @@ from typing import Final, TypeVar
 
 import structlog
 
-from runrecovery_service.counters import Histogram
 from runrecovery_service.domain.errors import RunRecoveryError
+from runrecovery_service.metric_counters import Histogram
 from runrecovery_service.required_threads import start_thread
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS

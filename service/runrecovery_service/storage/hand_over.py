@@ -11,7 +11,7 @@ from typing import Final
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.lazy_dataclass import dataclass
-from runrecovery_service.storage import deadlines, use_case
+from runrecovery_service.storage import passed_deadlines, use_case
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.movable_runs import (
@@ -186,7 +186,8 @@ def _move(db: Database, owner: Owner, peer: Peer, keys: Collection[int], *, now:
     if alive is None:
         return False
     cleared = ", ".join(
-        f"{column} = CASE WHEN {column} IS NOT NULL THEN 0 END" for column in deadlines.DUE_COLUMNS
+        f"{column} = CASE WHEN {column} IS NOT NULL THEN 0 END"
+        for column in passed_deadlines.DUE_COLUMNS
     )
     db.execute(
         f"UPDATE run SET owner = ?, owner_epoch = ?, version = version + 1,"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.deadline import Due
 from runrecovery_service.domain.interruption import (
     Interruption,
     InterruptionCause,
@@ -14,6 +13,7 @@ from runrecovery_service.domain.interruption import (
 from runrecovery_service.domain.recovery_matrix import QUEUED_FOR_HOST_RULE, RESUMED_RULE, Fact
 from runrecovery_service.domain.resume_backoff import LONGEST_DELAY_S, resume_delay_s
 from runrecovery_service.domain.run import Interaction, InteractionState, Run, RunStatus
+from runrecovery_service.domain.steady_time import Due
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.recovery_scope import ApplyScope
 from runrecovery_service.storage.rows import enum_from_text, from_us, to_us

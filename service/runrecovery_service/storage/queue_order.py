@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from datetime import datetime
 
-from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.run import Run
+from runrecovery_service.domain.steady_time import SteadyTime
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import from_us

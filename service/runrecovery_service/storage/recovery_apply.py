@@ -22,7 +22,7 @@ from runrecovery_service.domain.recovery_matrix import (
 )
 from runrecovery_service.domain.run import Profile, RecoveryState, RunStatus
 from runrecovery_service.lazy_dataclass import dataclass
-from runrecovery_service.storage import deadlines, found_ends, interruptions, webhook_outbox
+from runrecovery_service.storage import found_ends, interruptions, passed_deadlines, webhook_outbox
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
 from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
@@ -288,7 +288,7 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     unchanged = 0 if all_decided else _adopt_unchanged(db, scope, bounds)
     if scope.taken_from is not None:
         # In this transaction, because from its commit on this service applies the runs' deadlines.
-        deadlines.move_range(
+        passed_deadlines.move_range(
             db,
             scope.owner,
             first=batch.first,

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import field
 from datetime import datetime
 
-from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
+from runrecovery_service.domain.steady_time import Due, SteadyTime
 from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage.instances import Owner

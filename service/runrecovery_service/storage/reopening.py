@@ -7,7 +7,6 @@ from dataclasses import field
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.deadline import Due, DueIn, SteadyTime
 from runrecovery_service.domain.errors import (
     RunNotReopenable,
     RunOfAnotherInstance,
@@ -24,12 +23,13 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
+from runrecovery_service.domain.steady_time import Due, DueIn, SteadyTime
 from runrecovery_service.domain.transitions import REOPENED
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import (
-    deadlines,
     instances,
     interactions,
+    passed_deadlines,
     requests,
     runs,
     use_case,
@@ -201,7 +201,7 @@ def _reopen_failed(
         "owner_epoch": _current_epoch(db, run) if is_of_peer else owner.epoch,
     }
     if is_of_peer:
-        columns |= deadlines.without_clock(columns)
+        columns |= passed_deadlines.without_clock(columns)
     changed = db.execute(
         f"UPDATE run SET {', '.join(f'{name} = ?' for name in columns)}"
         " WHERE id = ? AND owner = ? AND owner_epoch = ? AND status = 'FAILED' AND version = ?",

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from runrecovery_service import daemon_threads
-from runrecovery_service.counters import Histogram
+from runrecovery_service.metric_counters import Histogram
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.group_commit import GroupCommitWriter

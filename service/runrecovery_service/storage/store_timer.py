@@ -6,8 +6,8 @@ from time import perf_counter
 from types import TracebackType
 from typing import Final
 
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import StorageBusy, StorageFull, StorageUnavailable
+from runrecovery_service.metric_counters import Meters
 
 OPERATIONS: Final = ("read_row", "read", "write", "renewal")
 STORE_ERRORS: Final = (StorageBusy, StorageFull, StorageUnavailable)

@@ -13,9 +13,9 @@ from typing import Final
 
 import structlog
 
-from runrecovery_service.domain.deadline import DueIn, SteadyTime
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, RunFilter
+from runrecovery_service.domain.steady_time import DueIn, SteadyTime
 from runrecovery_service.storage import run_pages, runs, turn_starts
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

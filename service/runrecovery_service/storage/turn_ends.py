@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from runrecovery_service.domain.deadline import Due, DueIn
 from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.recovery_matrix import RESUMED_RULE, Fact, Rule, decide
 from runrecovery_service.domain.run import ErrorCode, Run, RunError, RunEventKind, RunStatus
 from runrecovery_service.domain.session_check import SessionFingerprint
+from runrecovery_service.domain.steady_time import Due, DueIn
 from runrecovery_service.domain.turn import Asked, Interrupted, SessionGone, Succeeded, TurnEnd
 from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.storage import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from datetime import datetime
 
-from runrecovery_service.domain.deadline import DueIn, SteadyTime
 from runrecovery_service.domain.errors import RunQuarantined
 from runrecovery_service.domain.run import (
     ErrorCode,
@@ -15,6 +14,7 @@ from runrecovery_service.domain.run import (
     RunEventKind,
     RunStatus,
 )
+from runrecovery_service.domain.steady_time import DueIn, SteadyTime
 from runrecovery_service.storage import (
     interactions,
     interruptions,

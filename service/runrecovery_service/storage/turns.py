@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.deadline import Due
 from runrecovery_service.domain.errors import Fenced, RunGone, RunNotFound, RunQuarantined
 from runrecovery_service.domain.interruption import Interruption
 from runrecovery_service.domain.run import (
@@ -19,6 +18,7 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
+from runrecovery_service.domain.steady_time import Due
 from runrecovery_service.domain.usage import SessionUsage, TurnUsage
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import events, launch_records, runs, usage, use_case

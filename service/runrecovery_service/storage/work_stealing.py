@@ -6,9 +6,9 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Final
 
-from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.steady_time import SteadyTime
 from runrecovery_service.lazy_dataclass import dataclass
-from runrecovery_service.storage import deadlines
+from runrecovery_service.storage import passed_deadlines
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.movable_runs import (
@@ -74,7 +74,7 @@ def take_from(
         if moved is None:
             return None
         key, run_id = moved
-        deadlines.move_range(db, taker.owner, first=key, last=key, now=now, steady=steady)
+        passed_deadlines.move_range(db, taker.owner, first=key, last=key, now=now, steady=steady)
         move_deliveries(db, taker.owner.instance, [key])
         db.mark_changed(key)
     return str(run_id)

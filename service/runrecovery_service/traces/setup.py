@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioB
 
 from runrecovery_service import __version__
 from runrecovery_service.config.settings import TraceSettings
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.start_errors import TracesRefused
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.traces.collector_session import CollectorSession
 from runrecovery_service.traces.otel_tracer import KeyedIds, OtelTracer
 from runrecovery_service.traces.span_outcomes import (

@@ -12,8 +12,8 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from runrecovery_service.counters import Meters
 from runrecovery_service.lazy_dataclass import dataclass
+from runrecovery_service.metric_counters import Meters
 
 log = structlog.get_logger()
 

@@ -19,9 +19,9 @@ from typing import Final, TypeAlias
 import structlog
 
 from runrecovery_service.clock import Clock, wait_within
-from runrecovery_service.counters import Meters
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.lazy_dataclass import dataclass
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.periodic import FailureLog, PeriodicTask
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import webhook_deliveries

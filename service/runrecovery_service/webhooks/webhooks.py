@@ -12,8 +12,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.counters import Meters
 from runrecovery_service.lazy_dataclass import dataclass
+from runrecovery_service.metric_counters import Meters
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database

@@ -1,6 +1,6 @@
-"""Deadlines of runs: finds passed deadlines, and applies them.
+"""Finds the deadlines of runs that have passed, and applies them.
 
-Deadlines are measured on the steady clock of one boot of the machine; see `domain.deadline`. After
+Deadlines are measured on the steady clock of one boot of the machine (`domain.steady_time`). After
 a reboot, or on another machine, a start converts them to the current clock. The conversion keeps
 the time that is left by the wall clock. A peer that sets a deadline for another instance's run
 cannot know the owner's clock, and leaves it out. The owner converts the deadline when it finds it.
@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.deadline import DueKind, SteadyTime
 from runrecovery_service.domain.resume_backoff import LONGEST_DELAY_S
 from runrecovery_service.domain.run import ErrorCode, Profile, Run, RunStatus
+from runrecovery_service.domain.steady_time import DueKind, SteadyTime
 from runrecovery_service.domain.turn import RUN_TIMEOUT
 from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.storage import instances, interactions, runs, use_case
@@ -152,9 +152,7 @@ _PASSED: Final = " UNION ALL ".join(
 )
 
 
-def passed_deadlines(
-    db: Database, owner: Owner, *, steady: SteadyTime, limit: int
-) -> list[PassedDeadline]:
+def find(db: Database, owner: Owner, *, steady: SteadyTime, limit: int) -> list[PassedDeadline]:
     """Return at most `limit` passed deadlines of each kind, each kind in order of time.
 
     Deadlines of another clock are included (`is_of_clock` is False), although they may not have

@@ -21,7 +21,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.process import procfs, signals
-from runrecovery_service.process.ending import NOTHING_LEFT, Ending
+from runrecovery_service.process.ending_result import NOTHING_LEFT, Ending
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.launch_tree import TICK_S, PinnedProcess
 from runrecovery_service.process.markers import (

@@ -1,6 +1,6 @@
 """Metrics at one moment as plain values, which the collector passes to its thread.
 
-`gauges.py` defines the gauges, and `counters.py` the counters and histograms.
+`gauges.py` defines the gauges, and `metric_counters.py` the counters and histograms.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from typing import TypeAlias
 
-from runrecovery_service.counters import Counter, Histogram, Meters
 from runrecovery_service.lazy_dataclass import dataclass
+from runrecovery_service.metric_counters import Counter, Histogram, Meters
 
 Labels: TypeAlias = tuple[str, ...]
 
