@@ -182,8 +182,8 @@ class Recovery:
         One call works for about 5 seconds. Repeat it until `done`.
 
         Args:
-            dry_run: remove nothing, and return what would be removed. A dry run may take minutes
-                if there are many runs: give it a `timeout_s`.
+            dry_run: remove nothing, and return what would be removed. A dry run can take minutes if
+                there are many runs: give it a `timeout_s`.
         """
         return self._wire.unary(requests.prune(dry_run=dry_run), timeout_s=timeout_s)
 

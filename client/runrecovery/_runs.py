@@ -16,8 +16,8 @@ from runrecovery.v1 import run_pb2, run_service_pb2
 class Runs:
     """RunService. Every method raises a `RunRecoveryClientError` when the call fails.
 
-    `timeout_s` is the deadline of one call in seconds; None means the client's own. Within it the
-    client retries after a lost connection and after UNAVAILABLE.
+    `timeout_s` is the deadline of one call in seconds; None means the client's default. Until the
+    deadline, the client retries after a lost connection and after UNAVAILABLE.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -52,10 +52,11 @@ class Runs:
                 the policy of the engine.
             interactive_profile: the engine's own profile, or unset.
             session_timeout_s: seconds that one question waits, at most the engine's own timeout.
-            require_user_reply: False: a question without an answer in this time is decided
+            require_user_reply: False: a question without an answer within its timeout is decided
                 automatically. None: the setting of the engine.
             max_tokens: tokens that the run may use, input and output together; at most the limit
-                of the engine, which is the default. At the limit it fails with BUDGET_EXCEEDED.
+                of the engine, which is the default. At the limit the run fails with
+                BUDGET_EXCEEDED.
             max_cost_usd: the same for the cost that the agent reports.
             request_id: a UUID that makes the call safe to repeat. None: the client makes one for
                 the retries of this call only.
@@ -147,9 +148,9 @@ class Runs:
                 event, without a snapshot. 0 means every event since the creation.
             include_bookmarks: return bookmarks as well; the service sends one after 15 s without
                 an event.
-            reconnect_s: seconds without a message, after a stream broke, after which the last
-                failure is raised; None: no limit. A service that does not run yet counts as a
-                broken stream.
+            reconnect_s: seconds from the break of a stream until the latest failure is raised, if
+                no message arrives meanwhile; None: no limit. A service that does not run yet counts
+                as a broken stream.
             timeout_s: seconds for the whole watch; None: no limit.
 
         Raises:
@@ -227,7 +228,7 @@ class Runs:
         Args:
             run_id: the run, FAILED with SESSION_RESUME_FAILED; see its `reopenable_until`.
             session_handle: the handle that resumes the session, a secret that is never shown or
-                logged. None: the stored handle; use it if its session is usable again.
+                logged. None: the stored handle, for a session that can be resumed again.
             etag: the etag of the run that you saw; EtagMismatch if the run has changed since.
             request_id: as in `create`.
 

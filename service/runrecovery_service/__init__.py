@@ -9,7 +9,7 @@
 - `agents`: what recovery, execution and rpc share about agents and their files.
 - `storage`: tables and use cases, one transaction each. `process`: /proc and signals.
   `engines`: agent programs and their dialects. `trust`: entries in the files of agent CLIs.
-- `domain`: what a run is, and what a restart does with a run. Pure.
+- `domain`: what a run is, and what a restart does with a run. No I/O.
 
 Imports run downwards only (`make imports`).
 """

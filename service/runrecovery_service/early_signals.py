@@ -21,7 +21,7 @@ HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERRUPTED: Final = 130
 
 NO_TERMINAL: Final = frozenset({errno.ENXIO, errno.EIO, errno.ENOENT})
-"""Errors of opening /dev/tty without a terminal. Other errors prove nothing."""
+"""Errors of opening /dev/tty that show that there is no terminal. Other errors do not show it."""
 
 _held: list[int] = []
 _terminal: list[bool] = []
@@ -32,7 +32,7 @@ def exit_at_once(*, serves: bool) -> None:
 
     Args:
         serves: whether the process is a service. A service also exits at SIGTERM, with code 0, and
-            holds harmless signals.
+            keeps harmless signals for `take_held`.
     """
 
     def exit_now(_number: int, _frame: FrameType | None) -> None:
@@ -52,16 +52,17 @@ def restore_ctrl_c() -> None:
 
 
 def hold() -> None:
-    """Hold signals for `take_held` from now on: this process has locks to release in order.
+    """From now on, keep signals until `take_held` returns them.
 
-    A second stop signal exits at once.
+    This process has locks, and must release them in order before it exits. Only a second stop
+    signal exits at once.
     """
     for number in (*STOP_SIGNALS, *HARMLESS_SIGNALS):
         _handle(number, _hold)
 
 
 def take_held() -> list[int]:
-    """Return the held signals in the order of their arrival, and forget them."""
+    """Return the signals that were kept, in the order of their arrival, and forget them."""
     signals = _held.copy()
     _held.clear()
     return signals

@@ -72,7 +72,11 @@ def _compile_init(cls: type[Any], *, frozen: bool) -> Callable[..., None]:
 
 
 def _init_words(field: Field[Any], names: dict[str, Any]) -> tuple[str, str]:
-    """Return the parameter of a field, and its value; add the names that the two need."""
+    """Return the source of a field's parameter in `__init__`, and of the value to assign.
+
+    The latter is empty if nothing is to be assigned. Add to `names` everything to which the two
+    texts refer.
+    """
     name = field.name
     if field.default_factory is not MISSING:
         names[f"{name}_factory_"] = field.default_factory

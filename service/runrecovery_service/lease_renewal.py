@@ -58,7 +58,7 @@ class LeaseRenewal:
 
     Attributes:
         catalog: the configured engines. Each renewal writes their names into the instance's row.
-        note: keeps each acknowledged renewal, for the next start; None on SQLite.
+        note: writes each acknowledged renewal to disk, for the next start; None on SQLite.
         commits: the position up to which the database has acknowledged commits to this start.
         unrenewed: set when the lease could not be renewed for `SELF_FENCE_SHARE` of `lease_ttl_s`.
     """
@@ -145,7 +145,7 @@ class LeaseRenewal:
         Raises:
             Fenced: a newer epoch of this instance has started.
             CommitsLost: the database lacks commits that it had acknowledged.
-            LeaseLost: the lease could not be renewed for too long, so that others may take it.
+            LeaseLost: the lease could not be renewed for too long, so that others can take it.
         """
         begun_ns = self._now_ns()
         begun_s = begun_ns / 1e9
@@ -180,7 +180,7 @@ class LeaseRenewal:
     def _try_limit_s(self, begun_s: float) -> float:
         # A connection can hang. The limit leaves time for a try on another connection.
         most_s = self.lease_ttl_s * RENEWAL_TRY_SHARE
-        if not self.storage.is_shared:  # SQLite has no self-fencing, so a slow disk may recover
+        if not self.storage.is_shared:  # SQLite has no self-fencing, so a slow disk can recover
             return most_s
         left_s = self._renewed_s + self.lease_ttl_s * SELF_FENCE_SHARE - begun_s
         return min(max(0.1, left_s), most_s)

@@ -31,8 +31,9 @@ class ReloadablePart:
 
     Attributes:
         key: the key in `Settings` and in `config.reloading.RELOADABLE`.
-        prepare: builds the new part without any effect, in a thread that may block. It returns the
-            function that puts the part in place; None if the part stays. It may raise ConfigError.
+        prepare: builds the new part without any effect, in a thread that is allowed to block. It
+            returns the function that puts the part in place; None if the part stays. Raises
+            ConfigError if the part cannot be built.
         has_files: `prepare` is called even if the key is unchanged, because its files may have
             changed.
     """

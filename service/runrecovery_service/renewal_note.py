@@ -1,8 +1,9 @@
-"""Notes the latest renewal of the lease on disk, so that the next start notices if it was lost.
+"""Keeps a note on disk of the latest lease renewal that the database acknowledged.
 
-If PostgreSQL loses acknowledged commits in a failover while the service is down, the service has no
-other record of them. The note is compared with columns that only the instance itself writes. So
-writes of other instances after the failover do not hide the loss.
+From the note, the next start notices if the database has lost that renewal. If PostgreSQL loses
+acknowledged commits in a failover while the service is down, the service has no other record of
+them. The note is compared with columns that only the instance itself writes. So writes of other
+instances after the failover do not hide the loss.
 """
 
 from __future__ import annotations

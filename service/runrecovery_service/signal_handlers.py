@@ -1,4 +1,4 @@
-"""Acts on signals: a stop, an exit at the second stop signal, a reload. Tells systemd of them."""
+"""Acts on signals: a stop, an exit at the second stop signal, a reload. Reports to systemd."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from runrecovery_service.systemd import SystemdNotifier
 log = structlog.get_logger()
 
 TWICE_REPORTED_S: Final = 0.05
-"""How long after its start the event loop may report a signal that was already held."""
+"""For so long after its start, the event loop can report a signal that `early_signals` had kept."""
 HANG_UP_SETTLES_S: Final = 0.5
 """Time after SIGHUP within which a terminal that was closed is gone."""
 
@@ -61,7 +61,7 @@ class Signals:
         loop.call_later(TWICE_REPORTED_S, self._were_held.clear)
 
     def _receive_stop(self, number: int) -> None:
-        """Handle a stop signal, unless it was held already.
+        """Handle a stop signal, unless `early_signals` had kept the signal.
 
         For a moment at the start, a signal reaches both the handlers of the event loop and those of
         `early_signals`. It must count once.
@@ -113,7 +113,7 @@ class Control:
     systemd: SystemdNotifier
 
     def start(self) -> None:
-        """Carry out signals and reloads from now on, including signals that were held before."""
+        """Carry out signals and reloads from now on, also signals that `early_signals` had kept."""
         Signals(self.stop_signal, self.reloader.request).handle()
         self.systemd.start()
         self.reloader.start()

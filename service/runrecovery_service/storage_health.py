@@ -1,6 +1,6 @@
 """Checks that the storage works, and sets the health of the service by the results.
 
-A renewed lease proves little: the row of the lease may be writable although other rows are damaged
+A renewed lease proves little: the row of the lease can be writable although other rows are damaged
 or locked, or although the files of the store were removed. Two checks find these failures: trials
 of the most important statements, and a watch on the files.
 """

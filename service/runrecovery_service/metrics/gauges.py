@@ -65,7 +65,7 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """One metric, and the function that reads its numbers: none, if none is known."""
+    """One metric, and the function that reads its numbers. An unknown number is left out."""
 
     name: str
     help: str
@@ -128,7 +128,7 @@ def _oldest(status: RunStatus) -> Callable[[Present], Numbers]:
 
 
 def _used(present: Present, read: Callable[[EngineUsage], float | None]) -> Numbers:
-    """Return a number for each engine and model for which it is known."""
+    """Return the number of each engine and model; leave out those whose number is not known."""
     numbers = {(one.engine, one.usage.model): read(one) for one in present.usage}
     return {labels: number for labels, number in numbers.items() if number is not None}
 

@@ -56,7 +56,7 @@ GIVE_BACK_S: Final = 15.0
 """How long a sweep returns pages, including its pauses, before it leaves the rest to the next."""
 WHOLE_EVERY: Final = 60
 """The number of sweeps after which the search for parts begins at the oldest run again, because a
-run that was kept may be removable by now. All other sweeps continue where the previous one ended.
+run that was kept can be removable by now. All other sweeps continue where the previous one ended.
 """
 UNKNOWN_SHOWN: Final = 10
 

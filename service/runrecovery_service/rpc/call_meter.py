@@ -21,8 +21,8 @@ CODES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 """The name of each code, by its number. grpc.aio reports the number of the code that was sent."""
 
 DELAYED: Final = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"})
-"""The codes of refusals that may wait on purpose. These calls are not timed, because one caller
-with a wrong token would make the service look slow."""
+"""The codes of refusals that the service delays if there are many. These calls are not timed,
+because one caller with a wrong token would make the service look slow."""
 
 
 class CallMeter:

@@ -161,10 +161,10 @@ class CallerGuard:
         certificate no longer belongs to its caller. Calls with one response finish.
         """
         self._table = table
-        self._rates.clear()  # a caller may have another rate now
+        self._rates.clear()  # the other table can have other rates
         now_s = asyncio.get_running_loop().time()
         for stream in self._streams:
-            if stream.is_ended:  # and may still unwind
+            if stream.is_ended:  # its handler can still be running
                 continue
             try:
                 is_kept = self._identify(stream.context).has_rights_of(stream.caller)
@@ -232,7 +232,7 @@ class CallerGuard:
         self._refusals.record(name, method=method, peer=context.peer(), reason=str(error))
 
     async def pace_refusal(self, caller: str) -> None:
-        """Return when a refusal of the caller may be answered: later if there are many."""
+        """Wait until a refusal of the caller is to be answered: for longer if there are many."""
         await self._pace.wait(caller)
 
     def end_waiting(self) -> None:

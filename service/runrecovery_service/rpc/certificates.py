@@ -93,7 +93,8 @@ def ssl_context(found: Certificate) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
-    # A session that is resumed would pass by a certificate or an authority that was removed.
+    # A resumed TLS session would skip the check of its certificate, whose authority can have been
+    # removed since.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET
     _load_chain(context, found.chain, found.key)

@@ -19,7 +19,7 @@ class FairWakeup:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait_turn(self) -> None:
-        """Return when it is the caller's turn: at once, unless others wait."""
+        """Wait until it is the caller's turn: not at all, unless others wait."""
         loop = asyncio.get_running_loop()
         if not self._is_busy:
             self._is_busy = True

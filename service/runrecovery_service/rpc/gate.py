@@ -38,8 +38,8 @@ class Access(Enum):
     READ = auto()
     """From the commit of recovery until the server closes."""
     MUTATION = auto()
-    """From the commit of recovery until the service drains. With `finish_s`, it first waits for the
-    turns under way."""
+    """From the commit of recovery until a stop refuses changes. If `finish_s` is set, the stop
+    first waits for the turns under way."""
 
 
 class Gate:
@@ -81,7 +81,7 @@ class Gate:
 
     @property
     def disk_low(self) -> bool:
-        """True while a disk has less room than the floor."""
+        """True while a disk has less room than `min_free_bytes`."""
         return self._disk_low
 
     @property
@@ -101,7 +101,7 @@ class Gate:
 
     @property
     def change(self) -> asyncio.Event:
-        """The event that the next change sets. Take it before reading the state."""
+        """The event that the next change sets. Get it before you read the state."""
         return self._change
 
     def set_recovering(self) -> None:
@@ -113,7 +113,7 @@ class Gate:
         self._set_state(ServiceState.RECOVERY_FAILED)
 
     def open(self, *, safe_mode: bool = False) -> None:
-        """Record that recovery has committed. In safe mode no run may be created."""
+        """Record that recovery has committed. In safe mode, refuse to create runs from now on."""
         self._safe_mode = safe_mode
         self._recovered = self._recovered or not self.draining
         self._set_state(ServiceState.SERVING)
@@ -194,7 +194,7 @@ class Gate:
             self._events.discard(event)
 
     async def wait(self, change: asyncio.Event, *, timeout_s: float) -> None:
-        """Return at the change, or after `timeout_s` seconds without one."""
+        """Wait for the change, for at most `timeout_s` seconds."""
         with suppress(TimeoutError):
             await asyncio.wait_for(change.wait(), timeout_s)
 

@@ -1,4 +1,4 @@
-"""grpc.health.v1, computed from the gate at each request.
+"""grpc.health.v1, computed at each request from the state of the service (`gate.py`).
 
 `storage_health.py` decides when the database counts as answering, and `rpc/server.py` when the
 address counts as the service's.

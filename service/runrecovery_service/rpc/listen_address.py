@@ -81,7 +81,7 @@ class ListenAddress(ABC):
         """
 
     def holder(self) -> Holder:
-        """Return the holder of the address now. OURS where no other process can take it."""
+        """Return the holder of the address: OURS for an address that nobody else can take."""
         return Holder.OURS
 
     def release(self) -> None:
@@ -199,7 +199,7 @@ async def _hosts(name: str) -> set[str]:
 
 
 def count_addresses(listen: str) -> int:
-    """Return how many addresses `listen` may stand for: gRPC limits connections per address.
+    """Return how many addresses `listen` can stand for: gRPC limits connections per address.
 
     A name counts as at least two, because gRPC resolves `localhost` to an IPv4 and an IPv6 address.
     """
@@ -320,7 +320,7 @@ class SocketFile(ListenAddress):
         raise ListenFailed(self._listen, why)
 
     def holder(self) -> Holder:
-        """Return which process has the path. A socket on which no process listens is NOBODY's."""
+        """Return which process has the path: NOBODY if no process listens on the socket."""
         try:
             found = self._path.lstat()
         except FileNotFoundError:

@@ -45,7 +45,7 @@ Stream: TypeAlias = Callable[[Message], AsyncGenerator[Message, None]]
 log = structlog.get_logger()
 
 ABORT_TIMEOUT_S: Final = 1.0
-"""Time for gRPC to take the final status of a stream whose reader is too slow."""
+"""Time for gRPC to accept the final status of a stream whose reader is too slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Method:
 
 
 class MethodWrapper:
-    """Wraps methods.
+    """Wraps methods with admission, limits, and the conversion of errors.
 
     Args:
         max_calls: concurrent unary calls; methods with access ALWAYS are not counted.
@@ -174,7 +174,10 @@ class MethodWrapper:
     async def _fail(
         self, context: Context, method: Method, caller: Caller, error: Exception
     ) -> NoReturn:
-        """End a call that takes no slot any more. Many refusals of one caller are delayed."""
+        """End a failed call, which no longer counts against the limits.
+
+        If a caller is refused often, its refusals are delayed.
+        """
         if self._guard is not None and isinstance(error, Denied | Overloaded):
             if isinstance(error, Denied):
                 self._guard.record_refusal(context, method.name, error)
@@ -219,9 +222,10 @@ class MethodWrapper:
 
 
 async def _cut_off(context: Context, method: Method, error: CallerUnknown | SlowReader) -> None:
-    """End a stream while its reader may read nothing.
+    """End a stream, even if its reader has stopped reading.
 
-    gRPC sends the status after the unread messages; the reader gets it if it continues to read.
+    gRPC sends the status after the unread messages, so the reader gets it only if it reads on. This
+    waits at most `ABORT_TIMEOUT_S`.
     """
     if isinstance(error, SlowReader):
         log.warning("rpc.slow_reader_cut", method=method.name)

@@ -29,6 +29,6 @@ class OpenCalls:
         self._open -= 1
 
     async def wait_until_none(self) -> None:
-        """Return once no call is open."""
+        """Wait until no call is open."""
         while self._open:  # noqa: ASYNC110 - used once, at a stop; calls stay fast
             await asyncio.sleep(POLL_S)

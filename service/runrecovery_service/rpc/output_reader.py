@@ -151,7 +151,7 @@ def _cursor(run: Run, request: pb.StreamOutputRequest) -> _Cursor:
 
 
 def _may_write_more(run: Run, cursor: _Cursor) -> bool:
-    """True while the attempt may still write output."""
+    """True while the attempt can still write output."""
     return not _has_ended(run) and cursor.attempt == run.attempt
 
 

@@ -121,8 +121,8 @@ class PageTokens:
     def encode_bookmark(self, place: FeedCursor) -> str:
         """Return a cursor of a place in the feed of decisions, as another text each time.
 
-        At this place may be the decision on a run that the caller cannot see. If the text changed
-        only with the place, the caller could notice such decisions.
+        The decision at this place can be about a run that the caller must not see. If the text
+        changed only with the place, the caller could notice such decisions.
         """
         return self.encode(_CURSOR_SCOPE, _keys(place))
 

@@ -56,7 +56,7 @@ class RecoveryDeps:
     """The dependencies of RecoveryService.
 
     Attributes:
-        prune: removes data that has reached its age; None: no kind of data has an age.
+        prune: removes data that has reached its configured age; None: no age is configured.
         webhooks: the webhooks of this instance; None: there are none.
     """
 

@@ -1,6 +1,6 @@
 """Answers the refused calls of a caller at a bounded rate.
 
-A refused call costs at least 0.1 ms of processor time. A caller that is refused at once may call
+A refused call costs at least 0.1 ms of processor time. A caller that is refused at once can call
 again at once, and so slow down every other caller. So refusals beyond a rate wait, which slows down
 a caller that calls without a pause.
 """
@@ -90,10 +90,10 @@ class RefusalPace:
         return self._waiting.total()
 
     async def wait(self, caller: str) -> None:
-        """Return when a refusal of this caller may be answered, after at most `max_wait_s`.
+        """Wait until a refusal of this caller is to be answered, for at most `max_wait_s`.
 
         Args:
-            caller: its name; empty for all unknown ones.
+            caller: the name of the caller; empty for all unknown callers.
         """
         if not self._has_room(caller):
             return

@@ -51,9 +51,11 @@ class GrpcServer:
 
         Args:
             calls: the calls that a stop waits for.
-            gate: informed whether the service still has its address. None: no gate is informed.
+            gate: gets the information whether the service still has its address; None: no gate
+                does.
             tls: None: connections are not encrypted.
-            guard: at a stop it answers the refusals that wait, and logs which calls it has refused.
+            guard: at a stop, the server makes the guard answer its waiting refusals, and log the
+                calls that it has refused.
         """
         self._build = build
         self._guard = guard

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # not imported where traces are off
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contract:
-    """The methods of the contract, whose limits, callers and counts are those of all servers.
+    """The methods of the contract. All servers share their limits, callers and counts.
 
     Attributes:
         methods: by path, `runrecovery.v1.RunService/GetRun`.
@@ -62,7 +62,7 @@ def build_contract(
 
     Args:
         guard: admits callers; None: everyone may call everything.
-        meter, tracer: of the calls; None: metrics or traces are off.
+        meter, tracer: count the calls, and report them as spans; None: metrics or traces are off.
     """
     wrapper = MethodWrapper(
         gate,

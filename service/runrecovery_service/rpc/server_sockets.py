@@ -53,7 +53,7 @@ class ServerSockets:
                 _shut_down(one)
 
     async def wait_until_sent(self) -> None:
-        """Return when the peers have acknowledged everything that was written.
+        """Wait until the peers have acknowledged everything that was written.
 
         A peer that sends anything to a closed connection, even a window update, loses the rest.
         """

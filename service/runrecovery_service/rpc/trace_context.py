@@ -1,7 +1,7 @@
 """The trace that a call belongs to, from its metadata (W3C Trace Context, `traceparent`).
 
-Nothing of a damaged value is kept, and the call continues without it: a tracing library of a caller
-must not be able to fail a call. `tracestate` is not read.
+A damaged value is ignored as a whole, and the call continues without a trace: a tracing library of
+a caller must not be able to fail a call. `tracestate` is not read.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ from runrecovery_service.storage.decision_feed import FeedCursor
 from runrecovery_service.storage.runs import RunProgress
 
 BOOKMARK_S: Final = 15.0
-"""How long a stream may be without a response. Then it sends a bookmark, and reads the database for
-missed changes."""
+"""After this time without a response, a stream sends a bookmark, and reads the database for missed
+changes."""
 DECISIONS_PER_READ: Final = 500
 
 
@@ -58,7 +58,7 @@ class _BookmarkTimer:
         return max(0.0, self._since + BOOKMARK_S - self._loop.time())
 
     async def wait(self, woken: asyncio.Event) -> None:
-        """Return when the event is set or a bookmark is due."""
+        """Wait until the event is set or a bookmark is due."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self.left_s):
                 await woken.wait()
@@ -75,7 +75,7 @@ class _CachedRun:
         run_messages.fill_run(self.message, self.run)
 
     def is_current(self, progress: RunProgress | None) -> bool:
-        """True when the run has not changed since."""
+        """True when the run has not changed since this state was read."""
         return progress == RunProgress(self.run.version, self.run.event_count)
 
 

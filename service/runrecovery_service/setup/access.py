@@ -34,8 +34,8 @@ def read_callers(settings: Settings) -> list[Credentials]:
     """Return the credentials of every configured caller. Reads the token files.
 
     Raises:
-        CallersRefused: with every problem. A caller with a problem is not skipped: a typo in one
-            file must not quietly lock a caller out.
+        CallersRefused: a caller has a problem; the error lists all problems. No such caller is
+            skipped: a typo in one file must not quietly lock a caller out.
     """
     found, problems = [], []
     for caller in settings.callers:
@@ -50,7 +50,7 @@ def read_callers(settings: Settings) -> list[Credentials]:
 
 
 def access_problems(settings: Settings) -> list[str]:
-    """Return the problems of TLS and callers: those that a start refuses, or a client would."""
+    """Return the problems of TLS and callers that make a start or a client refuse."""
     problems: list[str] = []
     try:
         read_callers(settings)

@@ -56,7 +56,7 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
     at_stop = replace(
         at_start,
         cause=Cause.SHUTDOWN,
-        stop=StopSignal(),  # never set: nothing interrupts a stop but the exit at a second signal
+        stop=StopSignal(),  # never set: only the exit at a second signal interrupts a stop
         leftovers=replace(
             at_start.leftovers,
             launches=_launch_ender(parts, "stop", grace_s, grace_s + settings.orphan_deadline_s),

@@ -23,7 +23,7 @@ def build_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
     """Return the configured webhooks. Reads their secrets and certificates.
 
     Raises:
-        WebhooksRefused: with every problem.
+        WebhooksRefused: a webhook has a problem; the error lists all problems.
     """
     if not settings.webhooks:
         return ()

@@ -158,7 +158,8 @@ class Storage:
     async def write(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one transaction, return once it is durable, and announce the runs that it changed.
 
-        A failure that does not exclude a commit is announced as a change in doubt.
+        If the write fails although it may have been committed, it is announced as a change in
+        doubt.
         """
         try:
             return await self._write(self.changes.announce, use, *args, **kwargs)
@@ -252,7 +253,7 @@ class Storage:
     def _replaced(self, reserved: ReservedConnection) -> ReservedConnection:
         """Return the replacement of the lease's connection once it is connected.
 
-        Until then the old connection stays open: it may only be slow, and after a close another
+        Until then the old connection stays open: perhaps it is just slow, and after a close another
         client could take the last connection of the server.
         """
         replacement = self._replacement

@@ -3,7 +3,7 @@
 The sequence number of an event is the run's new `event_count`, so that there is no gap. Event 1,
 the creation, is derived from the run's row. The decisions of recoveries have a table of their own.
 Only the latest `EVENTS_KEPT` events of a run are kept, so that an endless conversation does not
-grow without bound. Retention may remove the events of an ended run.
+grow without bound. Retention can remove the events of an ended run.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _open_turn(row: Row) -> OpenTurn:
 
 
 def facts_sql(found: Mapping[int, FoundEnd]) -> str:
-    """Return an SQL expression for the bits of the facts that a run `r` has by its kept output."""
+    """Return an SQL expression for the bits of the facts that these ends add to a run `r`."""
     whens = " ".join(f"WHEN {key:d} THEN {end.fact.value}" for key, end in sorted(found.items()))
     return f"CASE r.id {whens} ELSE 0 END" if found else "0"
 

@@ -4,7 +4,7 @@ The states of a launch:
 
 - INTENT: the shim may have been spawned.
 - GATED: the shim runs and holds the agent back.
-- RUNNING: the agent may run.
+- RUNNING: the shim has started the agent, or is about to start it.
 - CLOSED: no process of the launch is left.
 - KILL_PENDING: the turn is over, but a process could not be killed.
 

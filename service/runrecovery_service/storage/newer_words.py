@@ -19,7 +19,7 @@ _POLICIES = sql_words(tuple(policy.value for policy in RestartPolicy))
 
 def has_newer_words(db: Database, instance: str) -> bool:
     """Return whether an unfinished run of the instance has a value of a newer version."""
-    if not is_newer(db):  # then an unknown value is damage
+    if not is_newer(db):  # without a newer version, an unknown value is damage
         return False
     found = db.fetch_one(
         f"SELECT 1 FROM run WHERE {LIVE} AND owner = ?"

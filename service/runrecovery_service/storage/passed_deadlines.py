@@ -52,7 +52,8 @@ class PassedDeadline:
     """A deadline that has passed.
 
     Attributes:
-        is_of_clock: whether it is a time of the current clock. If not, it must be converted first.
+        is_of_clock: whether the deadline is a time of the current clock. If not, it must be
+            converted before it is applied.
     """
 
     run_key: int

@@ -74,7 +74,7 @@ class PostgreSQL(pw.PostgresqlDatabase):
     """A database that can cut connections which hang because the network is silent.
 
     Attributes:
-        is_pooled: whether a pooler may replace the server behind an open connection.
+        is_pooled: whether a pooler can replace the server behind an open connection.
     """
 
     is_pooled = False

@@ -102,7 +102,10 @@ def facts_of_run(db: Database, run_key: int) -> Fact:
 
 
 def damage_sql(dialect: SqlDialect) -> str:
-    """Return an SQL expression for the unreadable part of a run's row; NULL: all is readable."""
+    """Return an SQL expression for the first damage in a run's row.
+
+    Its value is a name such as `labels_unreadable` or `status_unknown`; NULL: no damage.
+    """
     json_columns = ("labels", "input", "output")
     unreadable = "".join(
         f" WHEN r.{column} IS NOT NULL AND NOT {dialect.is_json('r.' + column)}"
@@ -159,7 +162,7 @@ def _first_match(status: RunStatus) -> str:
 
 
 def _of_rule(value: Callable[[Rule], str | None], *, damaged: str) -> str:
-    """Return an SQL CASE for a value of the rule `j.number`; `damaged` is that of damaged runs."""
+    """Return an SQL CASE for a value of rule `j.number`; `damaged`: the value of damaged runs."""
     values = "".join(
         f" WHEN {number} THEN '{text}'"
         for number, rule in enumerate(MATRIX, 1)

@@ -48,7 +48,7 @@ NO_HANDLE: Final = "no session handle was kept; supply one"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReopenCandidate:
-    """A run that may be reopened.
+    """A run that a caller asks to reopen.
 
     Attributes:
         handle: the kept session handle, a secret; None: none was kept.

@@ -26,8 +26,8 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.tables import sql_words
 
 SETTLES_S: Final = 120.0
-"""How long a run and its launches must have ended. Sweeps search for processes of a closed launch
-for another 60 s."""
+"""How many seconds ago a run and its launches must have ended before anything of the run is
+removed. It is more than the 60 s for which sweeps still search for processes of a closed launch."""
 
 PIECE: Final = 20
 """How many rows of a run one statement deletes. One row can have 64 KiB."""
@@ -68,7 +68,7 @@ class Found:
     """A page of ended runs.
 
     Attributes:
-        keys: the keys of runs on this page that may be removed, or may lose a part.
+        keys: the keys of runs on this page that can be removed, or can lose a part.
         last: the position of the last run of the page; None: there are no more pages.
     """
 
@@ -132,7 +132,7 @@ def removable_runs(
     now: datetime,
     limit: int,
 ) -> Found:
-    """Return a page of the ended runs in a range of positions, with those that may be removed."""
+    """Return a page of the ended runs in a range of positions, with those that can be removed."""
     rows = db.fetch_all(
         f"SELECT r.id, r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
         " AND (r.ended_at, r.id) > (?, ?) AND (r.ended_at, r.id) <= (?, ?)"
@@ -152,7 +152,7 @@ def removable_parts(
     now: datetime,
     limit: int,
 ) -> Found:
-    """Return a page of ended runs after a position, with those that may lose this part."""
+    """Return a page of ended runs after a position, with those that can lose this part."""
     rows = db.fetch_all(
         f"SELECT r.id, r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
         " AND (r.ended_at, r.id) > (?, ?) AND r.ended_at <= ?"
@@ -236,9 +236,9 @@ def remove_runs(
 ) -> Progress:
     """Remove every row of runs whose files are removed.
 
-    The row of the run itself is removed last; its other rows may take several transactions. Call
-    this again for runs that were not handled. Receipts are kept until they reach their own age,
-    because a repeated request must not create the run again.
+    The row of the run itself is removed last; the removal of its other rows can take several
+    transactions. Call this again for runs that were not handled. Receipts are kept until they reach
+    their own age, because a repeated request must not create the run again.
 
     Args:
         within_s: seconds after which no further row is begun: other writes wait for this

@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class StorageThreads:
-    """Threads of the system. Another implementation may run everything on the event loop."""
+    """Threads of the system. Another implementation can run everything on the event loop."""
 
     def pool(self, workers: int) -> SteadyThreadPool:
         """Return the pool for reads and, on PostgreSQL, for writes."""

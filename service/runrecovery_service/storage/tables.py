@@ -442,7 +442,7 @@ class WebhookDelivery(pw.Model):
     """One event that one webhook has not received yet.
 
     `instance` delivers the event; it owned the run at the time of the event. `given_up_at` is the
-    time at which the service stopped trying; NULL: it still tries.
+    time at which the service stopped trying; NULL: the service still tries.
     """
 
     id = pw.BigAutoField()

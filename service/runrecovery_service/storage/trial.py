@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 
 class _Undo(Exception):
-    """Rolls the trial back."""
+    """Raised to roll the trial back."""
 
 
 def read_newest_run(db: Database) -> None:

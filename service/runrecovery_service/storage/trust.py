@@ -85,8 +85,8 @@ class EntryUpdate:
 
     Attributes:
         look_at: the time of the next check.
-        removed_at: when the entry was removed; None: it is still in the file. After the removal the
-            row stays, so that the file is checked again.
+        removed_at: when the entry was removed; None: the entry is still in the file. After the
+            removal the row stays, so that the file is checked again.
         away, away_since: why and since when removals of the entry have failed.
     """
 

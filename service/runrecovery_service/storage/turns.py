@@ -165,7 +165,7 @@ def current_run(db: Database, turn: Turn, *, owner: Owner) -> Run:
 
 
 def own(db: Database, turn: Turn, owner: Owner) -> Run:
-    """Return the current run of a turn, checked to be changeable by this start.
+    """Return the current run of a turn, after a check that this start can change the run.
 
     Raises:
         RunGone, Fenced: as for `current_run`.
