@@ -1,4 +1,4 @@
-"""Callers: who sends a request, and what the caller may do."""
+"""Callers: who sends a request, and which rights the sender has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ALPHABETS: Final = (
 
 
 NO_TOKEN_DIGEST: Final = sha256(b"").hexdigest()
-"""The SHA-256 of an empty text. A configuration that has it was made from an empty token file."""
+"""The SHA-256 of an empty text. In a configuration, it comes from an empty token file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +35,9 @@ class Caller:
 
     Attributes:
         name: recorded with everything that the caller changes.
-        engines: the engines whose runs the caller may create, see and change. None: all.
+        engines: the engines whose runs the caller is allowed to create, see and change. None: all.
         max_calls: calls and streams of the caller at one time. None: only the service has limits.
-        max_calls_per_s: calls and streams that the caller may begin in a second. None: no limit.
+        max_calls_per_s: calls and streams that the caller can begin in a second. None: no limit.
     """
 
     name: str
@@ -47,25 +47,25 @@ class Caller:
     max_calls_per_s: int | None = None
 
     def demand_role(self, needed: Role) -> None:
-        """Raise RoleNotSufficient unless the caller has this role."""
+        """Raise RoleNotSufficient unless the caller's role includes the needed role."""
         if self.role < needed:
             raise RoleNotSufficient(self.name, role=self.role.name, needed=needed.name)
 
     def has_rights_of(self, other: Caller) -> bool:
-        """Return whether this is the same caller, and may do the same. Limits do not count."""
+        """Return whether both callers have the same name and rights. Limits are not compared."""
         return self._without_limits() == other._without_limits()
 
     def sees(self, engine: str) -> bool:
-        """Return whether the caller may see the runs of this engine."""
+        """Return whether the caller is allowed to see the runs of this engine."""
         return self.engines is None or engine in self.engines
 
     def demand_engine(self, engine: str) -> None:
-        """Raise EngineNotAllowed unless the caller may create runs of this engine."""
+        """Raise EngineNotAllowed unless the caller is allowed to create runs of this engine."""
         if not self.sees(engine):
             raise EngineNotAllowed(self.name, engine)
 
     def demand_visible(self, run_id: str, engine: str) -> None:
-        """Raise RunNotFound for a run that the caller may not see, as if there were no such run."""
+        """Raise RunNotFound, as for a missing run, unless the caller is allowed to see the run."""
         if not self.sees(engine):
             raise RunNotFound(run_id)
 
@@ -77,7 +77,7 @@ ANYONE: Final = Caller(name="", role=Role.OPERATOR)
 """The caller of every request where no callers are configured."""
 
 NOBODY: Final = Caller(name="", role=Role.VIEWER, engines=frozenset(), max_calls=0)
-"""Stands for the caller while there is none, or while the call is not admitted. Sees no run."""
+"""The caller of a call whose sender is not known, or not known yet. It sees no run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +96,10 @@ class Credentials:
 
 
 def token_problem(token: str) -> str | None:
-    """Return why a token is refused, None for a good one. Never quotes the token.
+    """Return why a token is refused, or None for a good token. The text never quotes the token.
 
-    A token cannot be proved random. Its length, and the characters that it uses, must allow for
-    `MIN_TOKEN_BITS`.
+    No check can tell that a token is random. But a token of its length, in the kinds of characters
+    that it uses, must be able to have `MIN_TOKEN_BITS`.
     """
     if not _TOKEN.fullmatch(token):
         return "must be one line of letters, digits and -._~+/="

@@ -1,7 +1,7 @@
-"""Every failure that a caller can meet, one class each. `rpc/errors.py` maps them to gRPC codes.
+"""Every failure that a caller can get, one class each. `rpc/errors.py` maps them to gRPC codes.
 
 The text that callers get is in `__str__` of each class. Texts about fields of a request are in
-`rpc/validation.py`, reasons of a refusal where the error is raised.
+`rpc/validation.py`. The reason of a refusal is given where the error is raised.
 
 RunRecoveryError
 ├── NotFound: RunNotFound, RequestedRunRemoved, ReconciliationNotFound, OutputRemoved
@@ -50,7 +50,7 @@ class RunNotFound(NotFound):
 
 @dataclass(eq=False)
 class RequestedRunRemoved(NotFound):
-    """The request was carried out before, and its run was removed since."""
+    """The request was carried out before, and the run that it created or changed was removed."""
 
     request_id: str
 
@@ -83,7 +83,7 @@ class OutputRemoved(NotFound):
 
 
 class Invalid(RunRecoveryError):
-    """The request is wrong in every state of the service."""
+    """The request is invalid, whatever the state of the service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class RunNotWaiting(Refused):
 
 
 class InteractionSuperseded(Refused):
-    """A reply named a question that is not the open one, or that has another answer."""
+    """A reply named a question that is not the open one, or that already has another answer."""
 
     def __str__(self) -> str:
         return f"this question of run {self.run_id!r} is not open; read the run for the open one"
@@ -204,7 +204,7 @@ class RunQuarantined(Refused):
 
 @dataclass(eq=False)
 class RunOfAnotherInstance(Refused):
-    """The run belongs to another instance on the same database, which alone can answer the call."""
+    """The run belongs to another instance on the same database, and only that one can change it."""
 
     instance: str
 
@@ -248,7 +248,7 @@ class EtagMismatch(RunRecoveryError):
 
 @dataclass(eq=False)
 class CallerUnknown(RunRecoveryError):
-    """The request has no valid token or certificate of a known caller. The text quotes no token."""
+    """The request has no valid token or certificate of a known caller. No text quotes a token."""
 
     why: str
 
@@ -258,14 +258,14 @@ class CallerUnknown(RunRecoveryError):
 
 @dataclass(eq=False)
 class Denied(RunRecoveryError):
-    """The caller is known and may not do this."""
+    """The caller is known, but has no right to do this."""
 
     caller: str
 
 
 @dataclass(eq=False)
 class RoleNotSufficient(Denied):
-    """The method needs another role."""
+    """The caller's role does not include the role that the method needs."""
 
     role: str = field(kw_only=True)
     needed: str = field(kw_only=True)
@@ -276,7 +276,7 @@ class RoleNotSufficient(Denied):
 
 @dataclass(eq=False)
 class EngineNotAllowed(Denied):
-    """The caller may not create runs of this engine."""
+    """The caller has no right to create runs of this engine."""
 
     engine: str
 
@@ -306,7 +306,7 @@ class ShuttingDown(NotNow):
 
 
 class SafeMode(NotNow):
-    """This start launches nothing, so the next restart would only fail a new run."""
+    """The service is in safe mode: it launches no process, and therefore creates no run."""
 
     def __str__(self) -> str:
         return "the service is in safe mode and starts no runs; retry after its next restart"
@@ -348,7 +348,7 @@ class Overloaded(Exhausted):
 
 @dataclass(eq=False)
 class CallerOverloaded(Exhausted):
-    """The caller has reached a limit of its own; `limit` names it."""
+    """The caller has reached one of its own limits. `limit` names the limit."""
 
     caller: str
     limit: str = field(kw_only=True)
@@ -408,7 +408,7 @@ class WatchSequenceUnknown(OutOfRange):
 
 
 class DecisionsPruned(RunRecoveryError):
-    """Decisions after the cursor of a watch may have been removed."""
+    """Decisions after the cursor of a watch have possibly been removed."""
 
     def __str__(self) -> str:
         return (
@@ -438,14 +438,14 @@ def is_outage(error: BaseException) -> bool:
 def error_facts(error: BaseException) -> dict[str, str]:
     """Return the log fields of an error: its class and, for an outage, its cause."""
     cause = {"cause": str(error)} if is_outage(error) else {}
-    if isinstance(error, TimeoutError):  # without words: because of a lock or a slow disk
+    if isinstance(error, TimeoutError):  # has no text if a lock or a slow disk is the cause
         cause = {"cause": str(error) or "the database did not answer in time"}
     return {"error": type(error).__name__, **cause}
 
 
 @dataclass(eq=False)
 class Fenced(RunRecoveryError):
-    """A newer epoch owns the row that this one wanted to write. The writer must stop."""
+    """A newer epoch owns the row that this epoch wanted to write. The writer must stop."""
 
     what: str
 
@@ -479,9 +479,9 @@ class CommitsLost(Fenced):
 
 @dataclass(eq=False)
 class ClaimLost(CommitsLost):
-    """The database has neither this start's claim nor a newer one.
+    """The database has no record of this start of the service, nor of a newer one.
 
-    A failover lost the claim, or another instance name adopted the database.
+    A failover lost the record, or another instance name adopted the database.
     """
 
     def __str__(self) -> str:
@@ -492,8 +492,8 @@ class ClaimLost(CommitsLost):
 class RunGone(CommitsLost):
     """The database has no row of a run or launch that this service has committed.
 
-    Commits were lost, for example by a failover to a standby that lagged behind. Another run may
-    have the integer key by now.
+    Commits were lost, for example by a failover to a standby that lagged behind. The integer key
+    can belong to another run by now.
     """
 
     def __str__(self) -> str:

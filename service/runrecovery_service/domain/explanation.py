@@ -48,13 +48,13 @@ class RecordedDecision:
     """A recorded decision and the facts that it was based on.
 
     Attributes:
-        interaction_id: the run's latest question. 0: the run had asked none. None: an earlier
-            version did not record it.
-        session_turn: the turn that named the handle. None: there was no handle, or the turn is not
-            recorded.
+        interaction_id: the number of the run's latest question. 0: the run had asked none. None:
+            an earlier version did not record the number.
+        session_turn: the turn that named the session's handle. None: there was no handle, or its
+            turn is not recorded.
         session_finding: the result of the session check. None: the session was not checked.
         resumes: how often the interrupted turn had been resumed.
-        restart_policy, max_attempts, max_resumes, canceled_at: those of the run.
+        restart_policy, max_attempts, max_resumes, canceled_at: the fields of the run.
     """
 
     info: RecoveryInfo
@@ -87,7 +87,7 @@ def explain_rule(rule: str) -> str:
 
 
 def explain_facts(decision: RecordedDecision) -> tuple[ExplainedFact, ...]:
-    """Return every fact that the rules use; none if no rule of the matrix decided."""
+    """Return every fact that the rules use, or none if no rule of the matrix decided."""
     if decision.info.recovery_reason in {QUARANTINE_RULE, REOPEN_RULE}:
         return ()
     return tuple(

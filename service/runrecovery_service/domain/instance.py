@@ -14,8 +14,8 @@ class InstanceState:
     """An instance, its lease, its runs and its slots.
 
     Attributes:
-        is_alive: its lease runs, by the clock of the database.
-        lease_until: None once it has released its lease.
+        is_alive: whether its lease has not run out, by the clock of the database.
+        lease_until: when its lease runs out; None: it has given up its lease.
         version: the version of its software; empty: it has recorded none.
         max_running: the number of its slots.
         slots_held: the number of its slots that runs hold.
@@ -23,7 +23,7 @@ class InstanceState:
         stopped_at: when its planned stop ended; None: no planned stop since its latest start.
         taken_over_by: the instance that has taken it over since its latest start; None: no
             instance has.
-        host_return_until: the time until which runs wait for its host; None: no run does.
+        host_return_until: until when runs wait for its host to return; None: no run waits.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The interruption of a turn by the service. `resume_backoff.py`: when the turn is resumed."""
+"""The interruption of a turn by the service. `resume_backoff.py` says when the turn is resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runrecovery_service.lazy_dataclass import dataclass
 
 
 class InterruptionCause(StrEnum):
-    """The cause that ended the process of the turn."""
+    """Why the process of an interrupted turn ended."""
 
     RESTART = "RESTART"
     """The service was restarted or stopped."""
@@ -25,9 +25,9 @@ class Interruption:
     """The latest interruption of a turn that is to be resumed.
 
     Attributes:
-        at: when the service noticed it.
-        times: how often the turn has been interrupted, this time included.
-        reply: the reply that the interrupted process had received; None: it had received none.
+        at: when the service noticed the interruption.
+        times: how often the turn has been interrupted, this interruption included.
+        reply: the reply that the interrupted process had received; None: no reply.
     """
 
     at: datetime

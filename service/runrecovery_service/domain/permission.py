@@ -13,12 +13,12 @@ FORMS: Final = (
     'must be "allow", "deny", {"decision": "allow", "input": {…}} or'
     ' {"decision": "deny", "reason": "…"}: the question asks for permission to call a tool'
 )
-"""The accepted forms of an answer, as the text of a violation."""
+"""The accepted forms of an answer, for the message about an answer in another form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """The call may run once. `input` replaces its arguments; None: they stay as they are."""
+    """The call is allowed once. `input` replaces its arguments; None: they stay as they are."""
 
     input: JsonObject | None = None
 

@@ -24,8 +24,9 @@ class Situation:
 
     Attributes:
         status: None when the stored status is unknown.
-        damaged: a part of the run's record cannot be read.
-        last_rule: the rule of the latest decision, if the run has not changed since.
+        damaged: whether a part of the run's record cannot be read.
+        last_rule: the rule of the latest decision; None: there is no decision, or the run has
+            changed since.
     """
 
     status: RunStatus | None
@@ -37,7 +38,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """A decision that a restart would make. `unchanged`: the latest decision was the same."""
+    """A decision that a restart would make. `unchanged`: whether it repeats the latest decision."""
 
     rule: str
     becomes: RunStatus | None
@@ -64,8 +65,8 @@ class Work:
     """A number of runs, and the work that they have done.
 
     Attributes:
-        tokens: the tokens that all their turns have used, as far as agents reported them.
-        running_us: how long their present processes have been running, in microseconds.
+        tokens: the tokens that all turns of the runs have used, as far as agents reported them.
+        running_us: how long the present processes of the runs have been running, in microseconds.
     """
 
     runs: int = 0
@@ -149,7 +150,7 @@ _OUTCOMES: Final = {
 
 
 def sum_decisions(decisions: Iterable[tuple[Decision, Work]], *, launches: int) -> RecoveryPlan:
-    """Return the plan for decisions, each with the work of its runs."""
+    """Return the plan that sums up decisions, each given with the work of its runs."""
     states = {rule.name: rule.state for rule in MATRIX}
     counts: dict[str, int] = dict.fromkeys((*states, QUARANTINE_RULE), 0)
     groups = dict.fromkeys(Outcome, Work())

@@ -39,7 +39,7 @@ class ContainmentLevel(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Containment:
-    """The level that this start's probe proved. `detail` is a sentence for people."""
+    """The level that this start's probe has shown by a test. `detail` is a sentence for people."""
 
     level: ContainmentLevel
     detail: str
@@ -72,9 +72,9 @@ class DecisionCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrphanCounts:
-    """Numbers of processes of earlier epochs: found alive, ended, and refused (not ended).
+    """How many processes of earlier epochs were found alive, ended, and refused (not ended).
 
-    `already_gone` is the number of launches that had no process left.
+    `already_gone` is the number of launches without any living process.
     """
 
     found: int = 0
@@ -88,9 +88,9 @@ class Orphan:
     """A process that outlived the service that had launched it, and the signals that it got.
 
     Attributes:
-        evidence: how it was proved to belong to its launch; a value of `process.markers.Proof`.
+        evidence: which marker showed that it belongs to its launch (`process.markers.Proof`).
         signals: the names of the signals that it was sent, in order.
-        ended: it was found dead afterwards.
+        ended: whether it was found dead after the signals.
         ended_by: who ended it: `service`, or `shim`, the guard of its launch.
     """
 
@@ -103,7 +103,7 @@ class Orphan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BindingCounts:
-    """What a recovery released because runs had ended: the number of each kind."""
+    """How many sessions, questions, slots and trust entries a recovery took from ended runs."""
 
     sessions: int = 0
     pending_interactions: int = 0
@@ -115,7 +115,7 @@ class BindingCounts:
 class TrustRemoval:
     """An entry by which an agent CLI trusted the workspace of a run, and its removal.
 
-    `outcome` is a value of `trust.entry.Outcome`. `run_id` is empty if the run was deleted.
+    `outcome` is a value of `trust.entry.Outcome`. `run_id` is empty if the run has been deleted.
     """
 
     run_id: str
@@ -125,7 +125,7 @@ class TrustRemoval:
 
     @property
     def changed_file(self) -> bool:
-        """True if the removal changed the file. False: the file had no entry of the service."""
+        """True if the removal changed the file, False if the file had no entry of the service."""
         return self.outcome in {"removed", "restored"}
 
 
@@ -134,9 +134,9 @@ class TrustClearing:
     """The trust entries that a recovery removed from the files of agent CLIs, and those that stay.
 
     Attributes:
-        failures: one sentence for each failed removal. It fails again until somebody repairs the
-            cause.
-        kept: one sentence for each entry that stays. Each is reported only once.
+        failures: one sentence for each failed removal. The removal fails again, until somebody
+            repairs the cause.
+        kept: one sentence for each reason why entries stay. Each reason is reported only once.
     """
 
     removals: tuple[TrustRemoval, ...] = ()
@@ -152,7 +152,7 @@ class TrustClearing:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for each entry that was not removed."""
+        """All sentences about entries that were not removed."""
         return self.failures + self.kept
 
 
@@ -160,10 +160,11 @@ class TrustClearing:
 class Reconciliation:
     """The report of one recovery, complete or still in progress.
 
-    `runs_scanned` of `runs_total` are decided; `runs_unchanged` of these kept the decision of an
-    earlier restart. `decisions` are in the order of the matrix. `containment` is None until the
-    probe has ended, and in the report of a stop or takeover. `trust_removals` are the first 100.
-    `recovered_instance` is the instance that was taken over; None: `instance` itself.
+    Of `runs_total` runs, `runs_scanned` have been decided. Of these, `runs_unchanged` kept the
+    decision of an earlier restart. `decisions` are in the order of the matrix. `containment` is
+    None until the probe has ended, and in the report of a stop or takeover. `trust_removals` has at
+    most the first 100. `recovered_instance` is the instance that was taken over; None: the recovery
+    was about `instance` itself.
     """
 
     reconciliation_id: str
@@ -193,7 +194,7 @@ class Reconciliation:
 class RecoveredFilter:
     """Selects recovered runs: after <= recovered_at < before. Empty fields do not filter.
 
-    `engines` are those that the caller may see; None: all.
+    `engines` are the engines whose runs the caller is allowed to see; None: all.
     """
 
     engines: frozenset[str] | None = None

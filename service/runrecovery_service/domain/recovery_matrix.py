@@ -30,19 +30,19 @@ class Fact(Flag):
     RESUME = auto()
     """restart_policy is RESUME."""
     RESUME_LEFT = auto()
-    """restart_policy is RESUME and the turn may be resumed once more."""
+    """restart_policy is RESUME and the limit on resumes of the turn is not reached."""
     RESTART_LEFT = auto()
     """restart_policy is RESUME and attempts are left."""
     RESULT = auto()
-    """The process had exited with 0, and the kept output has its complete result."""
+    """The process had exited with 0, and its stored output ends with its complete result."""
     QUESTION = auto()
-    """The process had exited with 0, and the kept output has its complete question."""
+    """The process had exited with 0, and its stored output ends with its complete question."""
     OVER_BUDGET = auto()
-    """As QUESTION, but the run has used up its budget, so that no turn may follow."""
+    """Like QUESTION, but the run has used up its budget, so that no turn can follow."""
     ELSEWHERE = auto()
-    """The next turn resumes a session, whose files are on the host of an instance that is dead."""
+    """The next turn resumes a session whose files are on the host of a dead instance."""
     HOST_LOST = auto()
-    """As ELSEWHERE, and that host did not return within `host_return_s`."""
+    """Like ELSEWHERE, but the dead instance's host did not return within `host_return_s`."""
 
 
 NOTHING: Final = Fact(0)
@@ -55,19 +55,21 @@ class Rule:
     """One row of the matrix.
 
     Attributes:
-        name: stable; it is the run's `recovery_reason`.
+        name: the `recovery_reason` of the run. A name never changes.
         statuses: the statuses to which the rule applies.
-        profiles: the profiles to which it applies (None: missing or unknown); empty: all.
+        profiles: the profiles to which the rule applies; empty: all. The profile None is a missing
+            or unknown one.
         needs: facts that must be true.
         lacks: facts that must be false.
         becomes: the new status of the run.
         error: the error code of the run, for FAILED.
         state: the new `recovery_state` of the run.
-        keeps: the run keeps its question, reply and session. Without `keeps` they are cleared,
+        keeps: whether the run keeps its question, reply and session. Otherwise they are cleared,
             because no process can use them.
-        reopenable: the run failed only because its session is lost. Its question and handle are
-            kept for a while, so that ReopenRun can reopen the run.
-        stays: in a takeover the run keeps its owner, because only the owner's host has its session.
+        reopenable: whether the run failed only because its session is lost. The question and the
+            handle are then kept for a while, so that ReopenRun can reopen the run.
+        stays: whether the run keeps its owner in a takeover, because only the owner's host has the
+            session.
         because: one sentence: the message of the run's error, and the text of the docs.
     """
 
@@ -99,7 +101,7 @@ QUESTION_RULE: Final = "question_found_in_output"
 """The recovery_reasons of a run whose process had exited with 0 after a result or a question,
 before the service could record its end."""
 BUDGET_RULE: Final = "budget_used_up"
-"""The same after a question, for a run that has used up its budget."""
+"""The recovery_reason in place of QUESTION_RULE for a run that has used up its budget."""
 
 RESUMED_RULE: Final = "interrupted_turn_resumed"
 """The recovery_reason of a run whose next turn resumes its session with a notice."""
@@ -243,7 +245,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         because="The run waited for a reply, but its profile is not recorded.",
     ),
     Rule(
-        # QUEUED too: the run may be waiting for the turn that resumes it.
+        # QUEUED too: an interrupted run can be waiting for the turn that resumes its session.
         name=RESUMED_RULE,
         statuses=(RunStatus.QUEUED, RunStatus.RUNNING),
         needs=Fact.RESUME_LEFT | Fact.HANDLE,

@@ -12,8 +12,8 @@ LONGEST_DELAY_S: Final = 300.0
 def resume_delay_s(resumes: int) -> float:
     """Return how long to wait before a turn that was resumed `resumes` times is resumed again.
 
-    The first resume does not wait, because most restarts are planned. A turn that is interrupted
-    again and again may itself be the cause of the restarts.
+    The first resume does not wait, because most restarts are planned. Later ones wait, because a
+    turn that is interrupted again and again is possibly the cause of the restarts.
     """
     if resumes <= 0:
         return 0.0

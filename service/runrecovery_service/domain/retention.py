@@ -23,7 +23,7 @@ class RetentionKind(StrEnum):
     EVENTS = "events"
     """The events of ended runs."""
     RECEIPTS = "receipts"
-    """The proofs that requests were carried out."""
+    """The records of requests that were carried out, by request_id."""
     REPORTS = "reports"
     """The reports of recoveries that no run names any more."""
 
@@ -35,7 +35,8 @@ class RetentionPolicy:
     An age of None: this kind of data is kept for ever.
 
     Attributes:
-        max_ended_runs: ended runs that are kept; the oldest are removed first. None: no limit.
+        max_ended_runs: the most ended runs that are kept; the oldest are removed first. None: no
+            limit.
     """
 
     ended_runs: float | None = None
@@ -74,15 +75,15 @@ FIRST = RunPosition(-1, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneResult:
-    """The counts of one prune; of a dry run, the counts that a prune would have.
+    """The counts of one call of Prune. A dry run has the counts that a real call would have.
 
     Attributes:
-        counts: how many of each kind, for the kinds that have an age.
-        sizes: the bytes of their files, by kind.
+        counts: how many of each kind were removed, for the kinds that have an age.
+        sizes: the bytes of the removed files, by kind.
         oldest_kept: when the oldest ended run that is kept ended; None: no ended run is kept.
-        done: False if more is to be removed.
-        unknown_folders: folders of runs that the store does not know, counted by a dry run. They
-            are never removed.
+        done: whether nothing is left to remove.
+        unknown_folders: how many folders belong to runs that the store does not know. Only a dry
+            run counts them, and they are never removed.
     """
 
     counts: Mapping[RetentionKind, int]
@@ -97,7 +98,7 @@ class RetentionTotals:
     """The counts of removals since the start of the service.
 
     Attributes:
-        removed: how many of each kind.
+        removed: how many of each kind were removed.
         bytes_freed: the sizes of the removed files, by kind.
         pages_freed: pages that SQLite gave back to the file system.
         not_removed: files and folders that the system did not let the service remove.

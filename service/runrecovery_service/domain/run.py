@@ -29,7 +29,7 @@ class RunStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """True if no status can follow."""
+        """True if the status is final, so that no other status follows."""
         return self in TERMINAL
 
 
@@ -44,7 +44,7 @@ class Profile(StrEnum):
 
 
 class RestartPolicy(StrEnum):
-    """The action of a restart on a QUEUED or RUNNING run."""
+    """What a restart does with a QUEUED or RUNNING run."""
 
     FAIL = "FAIL"
     REQUEUE = "REQUEUE"
@@ -106,7 +106,7 @@ class RunEventKind(StrEnum):
 
 
 class ErrorCode(StrEnum):
-    """Why a run FAILED. The set is open: callers must accept codes that they do not know."""
+    """Why a run FAILED. Later versions add codes, so callers must accept codes they do not know."""
 
     SESSION_RESUME_FAILED = "SESSION_RESUME_FAILED"
     INTERACTION_PROCESS_LOST = "INTERACTION_PROCESS_LOST"
@@ -140,8 +140,8 @@ class ToolCall:
         input: the arguments of the call.
         workspace: the absolute path of the folder in which the agent works.
         pattern: the pattern of the engine's `ask_for` that the call matches.
-        is_last: no other call followed it in the agent's message, so the CLI can return to it and
-            show the model its result.
+        is_last: whether no other call followed it in the agent's message. If so, the CLI can
+            return to the call and show its result to the model.
     """
 
     id: str
@@ -154,7 +154,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question of an engine to its user. `tool_call`: the call that it asks permission for."""
+    """A question of an engine to its user. `tool_call`: the call that the question is about."""
 
     kind: InteractionKind
     prompt: str
@@ -167,10 +167,11 @@ class Interaction:
     """A question of a run, with its state and answer.
 
     `interaction_id` counts the run's questions from 1. `kind` is None if the stored one is unknown.
-    `response` is valid only if `replied_at` is set. `wait_deadline_at` is the end of the wait, None
-    if the wait has no end. `auto_decided`: no answer came in time, so the service answered null.
-    `tool_call`: the call that the question asks permission for; None: it asks something else.
-    `replied_by` is the caller that answered, None if no caller did or none are configured.
+    `response` is valid only if `replied_at` is set. `wait_deadline_at` is the end of the wait, or
+    None if the question waits for ever. `auto_decided`: whether the service answered null, because
+    no answer came in time. `tool_call` is the call that the question asks permission for, or None
+    for another question. `replied_by` is the caller that answered, or None if no caller answered or
+    no callers are configured.
     """
 
     interaction_id: int
@@ -189,7 +190,7 @@ class Interaction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """The agent's own conversation, resumable by its handle, a secret: never log or send it."""
+    """The agent's own conversation. The handle resumes it and is a secret: never log or send it."""
 
     type: str
     handle: str
@@ -231,19 +232,19 @@ class Run:
     Attributes:
         key: the row's integer key. It is internal and never sent to a caller.
         status, profile: None if the stored value is unknown.
-        attempt: number of starts from the beginning; 0 before the first launch.
-        turn: number of processes in this attempt; 0 before the first launch.
-        owner_epoch: the only epoch that may write the row.
-        version: rises with every change. The etag contains it.
+        attempt: how often the run was started from the beginning; 0 before the first launch.
+        turn: the number of processes in this attempt; 0 before the first launch.
+        owner_epoch: the only epoch that is allowed to write the row.
+        version: a number that rises with every change. The etag contains it.
         event_count: the sequence of the latest event.
         session_timeout_s: how long a question waits. None: the engine's setting decides.
         max_run_s: the time limit of the whole run, in seconds. None: no limit.
-        max_resumes: how often one interrupted turn may be resumed; 0: never.
+        max_resumes: how often one interrupted turn can be resumed; 0: never.
         resume_count: how often the latest turn was resumed.
         resume_at: the earliest time of the next launch. None: at once.
-        usage: the usage of its turns so far; None until the first report.
-        budget: the limits on this usage.
-        input: None if the view omits it.
+        usage: the usage of all its turns so far; None until the first report.
+        budget: the limits on `usage`.
+        input: the input of the run; None: the view omits the input.
         traceparent: the trace of the call that created the run. None: the call named none.
         created_by, canceled_by: the callers that created and canceled the run. None: not
             canceled, or no callers are configured.
@@ -292,7 +293,7 @@ class Run:
 
     @property
     def holds_slot(self) -> bool:
-        """True while the run has a process: it runs, or its process waits for a reply."""
+        """True while the run has a process, which works or waits for a reply."""
         return self.status is RunStatus.RUNNING or (
             self.status is RunStatus.WAITING_USER and self.profile is Profile.STICKY_PROCESS
         )
@@ -342,7 +343,8 @@ class RunEvent:
         usage: the usage of the turn that ended with the event. None: no turn ended, or its agent
             reported none.
         message: the text that the agent reported, for RETRYING.
-        caller: the caller that caused it. None: no caller did, or none are configured.
+        caller: the caller that caused the event. None: no caller caused it, or no callers are
+            configured.
     """
 
     sequence: int
@@ -370,7 +372,7 @@ class View(StrEnum):
 class RunFilter:
     """Selects runs: after <= created_at < before. Empty fields do not filter.
 
-    `engines` are those that the caller may see; None: all.
+    `engines` are the engines whose runs the caller is allowed to see; None: all.
     """
 
     engines: frozenset[str] | None = None
@@ -382,7 +384,7 @@ class RunFilter:
 
     @property
     def engines_listed(self) -> tuple[str, ...] | None:
-        """The engines whose runs are listed. Empty: no run is; None: runs of all engines are."""
+        """The engines whose runs are listed. Empty: no runs; None: the runs of all engines."""
         if self.engine is None:
             return None if self.engines is None else tuple(sorted(self.engines))
         return (self.engine,) if self.engines is None or self.engine in self.engines else ()

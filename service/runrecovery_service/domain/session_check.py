@@ -98,7 +98,7 @@ had never been seen before."""
 class SessionFinding:
     """The result of the check of one handle.
 
-    `reason` is None if an earlier version did not record it, or if this version does not know it.
+    `reason` is None if an earlier version recorded none, or if this version does not know it.
     """
 
     verdict: SessionVerdict
@@ -131,8 +131,8 @@ class SessionFingerprint:
 class StoredHandle:
     """A session to check. `handle` is a secret that an agent has written.
 
-    `in_turn`: the agent was killed in a turn that shall be resumed, so the end of the file may be
-    incomplete.
+    `in_turn`: whether the agent was killed in a turn that is to be resumed, so that the end of the
+    session's file can be incomplete.
     """
 
     handle: str = field(repr=False)
@@ -149,8 +149,8 @@ class SessionCheck:
     """The session check of one engine.
 
     Attributes:
-        run: checks many handles and yields one finding for each, in order. It may block for ever.
-        unknown: how a session counts when the check could not decide.
+        run: checks many handles and yields one finding for each, in order. It can block for ever.
+        unknown: whether a session that the check could not decide about counts as valid.
     """
 
     run: Callable[[Sequence[StoredHandle]], Iterable[SessionFinding]]
@@ -167,9 +167,9 @@ def weaken_if_never_seen(
 ) -> SessionFinding:
     """Return UNKNOWN instead of INVALID for a session that was never seen.
 
-    A session with a fingerprint was seen in the expected place when its question was recorded.
-    Another session may be intact in a place that only the CLI knows, because the CLI works in
-    another folder or in a container. An unusable handle stays INVALID, wherever the file is.
+    A session with a fingerprint was seen in the expected place when its question was recorded. A
+    session without a fingerprint can be intact in a place that only the CLI knows, because the CLI
+    works in another folder or in a container. An unusable handle stays INVALID in any place.
     """
     lost = (
         finding.verdict is SessionVerdict.INVALID and finding.reason is not SessionReason.UNUSABLE

@@ -31,7 +31,7 @@ class Held(StartRefused):
 
 @dataclass(eq=False)
 class DatabaseRefused(StartRefused):
-    """This version may not open the database. It changed nothing in it."""
+    """This version must not open the database, and has changed nothing in it."""
 
     place: str
     reason: str
@@ -52,7 +52,7 @@ class StoreLost(DatabaseRefused):
 
 
 class DatabaseOutOfReach(DatabaseRefused):
-    """The database does not answer now. A later start may succeed."""
+    """The database does not answer now. A later start can succeed."""
 
 
 @dataclass(eq=False)
@@ -79,7 +79,7 @@ class DataDirRefused(StartRefused):
 
 @dataclass(eq=False)
 class LeaseLost(StartRefused):
-    """The lease was not renewed for so long that another service may take over soon."""
+    """The lease was not renewed for so long that another service can take over soon."""
 
     instance: str
     seconds: float

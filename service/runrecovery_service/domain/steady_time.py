@@ -24,7 +24,7 @@ class SteadyTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Due:
-    """A deadline: `at` of the wall clock, `us` of the steady clock named `clock`."""
+    """A deadline: its wall-clock time `at`, and its time `us` of the steady clock named `clock`."""
 
     at: datetime
     clock: str
@@ -32,11 +32,11 @@ class Due:
 
 
 DueIn = Callable[[float], Due]
-"""Returns the deadline that is this many seconds away."""
+"""A function that returns the deadline after this many seconds from now."""
 
 
 class DueKind(StrEnum):
-    """The time that a deadline ends."""
+    """The kind of a deadline: which time ends when the deadline passes."""
 
     WAIT = "WAIT"
     """The wait for a reply to the open question."""

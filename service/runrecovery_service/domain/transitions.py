@@ -18,7 +18,7 @@ NEXT: Final = MappingProxyType(
         RunStatus.RUNNING: frozenset({RunStatus.QUEUED, RunStatus.WAITING_USER}) | TERMINAL,
         RunStatus.WAITING_USER: frozenset(
             {
-                RunStatus.WAITING_USER,  # a recovery that keeps it
+                RunStatus.WAITING_USER,  # a recovery that lets the run wait on
                 RunStatus.QUEUED,  # a reply to a resumable run
                 RunStatus.RUNNING,  # a reply to a sticky run
                 RunStatus.FAILED,
@@ -38,5 +38,5 @@ REOPENED: Final = MappingProxyType(
 
 
 def is_legal(before: RunStatus, after: RunStatus) -> bool:
-    """Return True if a run may change from `before` to `after`. A terminal status never changes."""
+    """Return True if `after` is allowed to follow `before`. A terminal status never changes."""
     return after in NEXT[before]

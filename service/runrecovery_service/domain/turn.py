@@ -1,6 +1,7 @@
-"""The possible ends of a turn, which is the life of one process of a run.
+"""The possible ends of a turn. A turn is the life of one process of a run.
 
-A cancel is not among these ends. It is accepted independently of the turn and wins over its end.
+A cancel is not among these ends. A caller's cancel is accepted independently of the turn, and then
+decides the run's status, whatever the end of the turn is.
 """
 
 from __future__ import annotations
@@ -64,14 +65,15 @@ class TurnFacts:
 
     Attributes:
         last_word: the latest question or result that the process printed; None: neither.
-        is_at_work: the process has resumed work after `last_word`.
+        is_at_work: whether the process has resumed work after `last_word`.
         protocol_error: how the process broke the protocol; None: it did not.
-        interrupted: why the shim killed the process; None: the shim did not.
-        is_unsupervised: the shim was gone or stopped before the process ended.
+        interrupted: why the shim killed the process; None: the shim did not kill it.
+        is_unsupervised: whether the shim was gone or stopped before the process ended.
         deadline_passed: the passed deadline that ends the process; None: none has passed.
-        is_waiting: the process waits for the reply to its question.
-        is_reply_lost: the process closed its input before it had read the reply.
-        stopped: why the service kills a process that would have continued; None: it does not.
+        is_waiting: whether the process waits for the reply to its question.
+        is_reply_lost: whether the process closed its input before it had read the reply.
+        stopped: why the service kills the process for another reason than those above; None: no
+            such reason.
     """
 
     last_word: Asked | Succeeded | None = None
@@ -90,11 +92,11 @@ class ProcessEnd:
     """The end of the process of a turn.
 
     Attributes:
-        exit_code: negative for a signal; None if the process did not exit and had to be killed.
-        failure: the failure that the process reported, if its dialect can report one. It takes
-            precedence over the last question or result.
-        retry: the latest retry that the process reported, if the service had to kill it; None: it
-            reported none.
+        exit_code: negative for a signal; None: the process did not exit and had to be killed.
+        failure: the failure that the process reported, which takes precedence over the last
+            question or result; None: no failure, or the dialect cannot report one.
+        retry: the model call that the process was retrying when the service had to kill it; None:
+            no call.
         stderr_tail: the last lines of standard error.
     """
 
@@ -123,15 +125,15 @@ def _canonical(output: JsonObject) -> str:
 def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> TurnEnd:
     """Return the end of the turn.
 
-    If the service killed the process, the reason for this takes precedence over the last question
-    or result. One exception: a result that arrived before the deadline is kept, unless the process
-    had resumed work after it.
+    If the service killed the process because of a fault, a deadline or a stop, this reason takes
+    precedence over the last question or result. One exception: a result that arrived before the
+    deadline is kept, unless the process had resumed work after the result.
 
-    The result of a process that did not exit by itself is kept. The result of a process with a bad
-    exit code is not.
+    If the process was killed only because it did not exit after its result, the result is kept. If
+    the process exited with another code than 0, the turn has failed.
 
     Args:
-        resumes: an interrupted turn of the run is resumed (restart policy RESUME).
+        resumes: whether an interrupted turn of the run is resumed (restart policy RESUME).
     """
     if (ended := _ended_by_service(turn, process)) is not None:
         return ended
@@ -151,7 +153,7 @@ def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> Tur
 
 
 def _ended_by_service(turn: TurnFacts, process: ProcessEnd) -> TurnEnd | None:
-    """Return the end of a turn whose process the service killed; None: it did not kill it."""
+    """Return the end that the service or its shim caused; None if the process ended by itself."""
     if turn.protocol_error is not None:
         return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, turn.protocol_error)
     if turn.deadline_passed is not None:
@@ -162,12 +164,12 @@ def _ended_by_service(turn: TurnFacts, process: ProcessEnd) -> TurnEnd | None:
 
 
 def end_of_budget(end: TurnEnd, used_up: str | None) -> TurnEnd:
-    """Return the end of a turn of a run that may have used up its budget.
+    """Return the end of a turn, which is a failure if another turn would exceed the run's budget.
 
     A result and a failure stay as they are, because no other turn follows them.
 
     Args:
-        used_up: why no other turn may follow, as a sentence; None: budget is left.
+        used_up: why the budget allows no other turn, as a sentence; None: budget is left.
     """
     if used_up is None or isinstance(end, Succeeded | Failed):
         return end

@@ -19,7 +19,7 @@ NANOS: Final = 10**9
 
 
 class InvalidUsage(ValueError):
-    """A report has an impossible number. The text names the number and quotes nothing."""
+    """A report has an impossible number. The text names the number, and quotes no part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class Usage:
         return None if self.cost_nanos is None else self.cost_nanos / NANOS
 
     def plus(self, more: Usage) -> Usage:
-        """Return the sum, with the model of `more` if that has one."""
+        """Return the sum of both usages, with the model of `more` if `more` has one."""
         return self._combine(more, 1)
 
     def minus(self, part: Usage) -> Usage:
@@ -71,7 +71,7 @@ class Usage:
         return replace(self._combine(part, -1), model=self.model)
 
     def at_least(self, floor: Usage) -> Usage:
-        """Return the greater of both values for each number, with the model of this usage."""
+        """Return, for each number, the greater one of this usage and `floor`. The model stays."""
         costs = [cost for cost in (self.cost_nanos, floor.cost_nanos) if cost is not None]
         tokens = {name: max(getattr(self, name), getattr(floor, name)) for name in TOKEN_FIELDS}
         cost = max(costs, default=None)
@@ -106,7 +106,7 @@ def usage_of(
     cost_usd: object = None,
     model: object = "",
 ) -> Usage:
-    """Return the report of an agent. Its parts are checked, because an agent may send anything.
+    """Return the usage that an agent reported. All parts are checked: an agent can send anything.
 
     Raises:
         InvalidUsage: a number is missing, negative, too large or not a number, or a part is larger
@@ -162,8 +162,8 @@ class SessionUsage:
 
     Attributes:
         total: the latest total that a process of the session reported; None: no total yet.
-        calls: the usage of later turns that were cut off before they reported a total. The next
-            total may include this usage or not. It has been counted, and must not count twice.
+        calls: the usage of later turns that were cut off before they reported a total. This usage
+            has been counted. The next total either includes it or not, and it must not count twice.
         stored: the usage of all calls that the session file had at the end of the latest turn.
             None: not known.
     """
@@ -177,13 +177,13 @@ class SessionUsage:
         return replace(self, calls=calls if self.calls is None else self.calls.plus(calls))
 
     def since(self, total: Usage, *, at_least: Usage | None = None) -> Usage:
-        """Return the usage of the next process alone. The process has reported `total`.
+        """Return the usage of the next process alone, which has reported `total`.
 
-        If `total` is the total of the session, the result is its increase since the latest total.
-        `calls` are subtracted, because they were counted before. The result is at least `at_least`.
+        If `total` is the total of the session, return its increase since the session's latest
+        total, without `calls`, which were counted before. Return at least `at_least`.
 
-        If the increase is negative or below `at_least`, `total` cannot be that of the session. It
-        is then the total of the process alone, and is returned as it is.
+        If the increase is negative or below `at_least`, `total` cannot be the total of the session.
+        Then it is the total of the process alone, so return `total` itself.
 
         Args:
             at_least: the usage that the process certainly had; None: not known.
@@ -195,7 +195,7 @@ class SessionUsage:
         return part if self.calls is None else part.minus(self.calls).at_least(least)
 
     def before(self, turn: Usage) -> SessionUsage:
-        """Return the usage of the session before a turn. This object includes the turn."""
+        """Return the usage of the session before a turn, whose usage this object includes."""
         calls = self.calls or Usage()
         if calls.covers(turn):
             left = calls.minus(turn)
@@ -208,7 +208,7 @@ class TurnUsage:
     """The usage of a turn so far.
 
     Attributes:
-        turn: the part of the turn, since the start of its process.
+        turn: the usage since the start of the turn's process.
         session: the new usage of the session, for the next process; None: it has not changed.
     """
 
@@ -222,7 +222,7 @@ class TurnUsage:
 
     @property
     def is_of_calls(self) -> bool:
-        """True if the agent reported calls of the turn, and no total since."""
+        """True if the agent reported single calls of the turn, and no total after these calls."""
         return self.session is not None and self.session.calls is not None
 
 
@@ -234,7 +234,7 @@ class StoredUsage:
         calls: the usage of all calls since the session began.
         total: the total of the session, to which the next process will add its usage. None: the CLI
             reports the usage of each process alone, or the total is not certain (`is_open`).
-        is_open: the next total of the session may include the calls of killed turns, or not.
+        is_open: whether it is not known if the next total will include the calls of killed turns.
     """
 
     calls: Usage
@@ -242,7 +242,7 @@ class StoredUsage:
     is_open: bool = False
 
     def lacks_calls(self, before: SessionUsage | None) -> bool:
-        """Return True if the file had more calls before, so that it was changed or replaced."""
+        """Return True if the file had more calls `before`, so that it was changed or replaced."""
         known = None if before is None else before.stored
         return known is not None and not self.calls.covers(known)
 
@@ -261,11 +261,11 @@ def at_end_of_turn(
     has fewer calls than before, only the reported usage counts.
 
     Args:
-        reported: the report of the agent: a total, or single calls if it was killed; None: no
-            report.
+        reported: the report of the agent: a total, or single calls if the agent was killed; None:
+            no report.
         stored: the usage in the session file; None: the file could not be read.
         before: the usage of the session when the turn began; None: not known.
-        is_first: the session began in this turn.
+        is_first: whether the session began in this turn.
     """
     session = (reported and reported.session) or before or SessionUsage()
     least = Usage() if reported is None else reported.turn
@@ -306,7 +306,7 @@ class Budget:
         )
 
     def why_used_up(self, used: Usage | None) -> str | None:
-        """Return a sentence that names the reached limit; None: no limit is reached."""
+        """Return a sentence that names the reached limit, or None if no limit is reached."""
         if used is None:
             return None
         if self.max_tokens is not None and used.total_tokens >= self.max_tokens:
@@ -317,7 +317,7 @@ class Budget:
         return None
 
     def why_used_up_by(self, used: TurnUsage | None, *, before: Usage | None) -> str | None:
-        """Return a sentence that names the limit that a turn under way has reached; None: none.
+        """Return a sentence about the limit that a turn under way has reached, or None.
 
         Args:
             used: the usage of the turn so far; None: none was reported.

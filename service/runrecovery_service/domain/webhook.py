@@ -32,7 +32,7 @@ class WebhookFilter:
     engines: frozenset[str] | None = None
 
     def select(self, kind: RunEventKind, status: RunStatus, engine: str) -> WebhookEvent | None:
-        """Return the type under which the webhook gets an event; None: it does not get the event.
+        """Return the type under which the webhook gets an event, or None if it does not get it.
 
         The decisions of a recovery are selected in bulk, by `storage/webhook_outbox.py`.
 
@@ -48,6 +48,6 @@ class WebhookFilter:
 def _event_of(kind: RunEventKind, status: RunStatus) -> WebhookEvent | None:
     if status.is_terminal:
         return WebhookEvent.ENDED
-    # A cancel of a sticky run that waits has the status WAITING_USER too, and is no question.
+    # If a waiting sticky run is canceled, its event has the status WAITING_USER but asks nothing.
     asks = kind in {RunEventKind.ASKED, RunEventKind.REOPENED}
     return WebhookEvent.WAITING_USER if asks and status is RunStatus.WAITING_USER else None

@@ -35,27 +35,29 @@ class Engine:
 
     Attributes:
         command: the words of its command. The first word is searched in the engine's own PATH.
-        profile: the profile of its runs. CreateRun may repeat it, but not name another.
+        profile: the profile of its runs. CreateRun is refused if it names another one.
         dialect: how its processes communicate with the service.
         env_allow: names of the service's environment variables that its processes get.
-        env: further variables of its processes, which override those of `env_allow`.
-        max_concurrent: its processes at one time. None: only the service's own limit applies.
+        env: further variables of its processes, which override the variables of `env_allow`.
+        max_concurrent: the most of its processes at one time. None: only the limit of the service.
         session_file: the path of a session's file, with `{workspace}` and `{value}` (the session
             handle) as placeholders. None: not known.
-        sessions: the sessions of a CLI that this version knows. It overrides `session_file`.
+        sessions: the sessions of its agent CLI, which override `session_file`. None: the engine is
+            no agent CLI that this version knows.
         unknown_session: how a session counts when its check could not decide.
-        session_timeout_s: how long a question of a sticky process waits, and any question that
-            does not require a reply of its user.
-        require_user_reply: False: a question is decided automatically after `session_timeout_s`.
+        session_timeout_s: how long a question waits if its process is sticky, or if no reply of the
+            user is required.
+        require_user_reply: whether only the user can answer. If not, a question is decided
+            automatically after `session_timeout_s`.
         restart_policy: the policy of its runs, unless CreateRun names another one.
-        max_resumes: how often one turn may be resumed after an interruption. 0: the engine cannot
-            be resumed in the middle of a turn.
+        max_resumes: how often one turn can be resumed after interruptions. 0: the engine cannot be
+            resumed in the middle of a turn.
         max_run_time_s: the longest time of a run since its first launch. None: no limit.
         budget: the limits on the usage of one of its runs, unless CreateRun names lower ones.
         niceness, max_memory, max_open_files, max_processes: limits of its processes
             (`process.resource_limits`). None: the service sets no limit.
-        trust: the CLI (`trust.config_files.AgentCli`) that shall trust the workspaces of its
-            runs. None: no CLI.
+        trust: the CLI (`trust.config_files.AgentCli`) that the service makes trust the workspaces
+            of its runs. None: no CLI.
     """
 
     name: str
@@ -81,10 +83,10 @@ class Engine:
     trust: str | None = None
 
     def session_path(self, workspace: Path, value: str) -> Path | None:
-        """Return the file of the session with the handle `value`.
+        """Return the file of the session with the handle `value`, or None if there is no safe path.
 
-        None if the engine has no `session_file`, or if the handle is not safe in a path: it comes
-        from the engine's output. Safe are up to 512 letters, digits and `._-`.
+        There is none if the engine has no `session_file`, or if the handle, which comes from the
+        engine's output, is anything but up to 512 letters, digits and `._-`.
         """
         if self.session_file is None or not _FILE_SAFE.fullmatch(value) or value in {".", ".."}:
             return None
@@ -94,14 +96,14 @@ class Engine:
 
     @property
     def session_store(self) -> SessionStore | None:
-        """Its sessions. None: they cannot be checked, so every handle counts as valid."""
+        """The sessions of the engine. None: they cannot be checked, so all handles are valid."""
         if self.sessions is not None or self.session_file is None:
             return self.sessions
         return NamedFiles(lambda stored: self.session_path(stored.workspace, stored.handle))
 
     @property
     def session_check(self) -> SessionCheck | None:
-        """The check of its sessions. None: every handle counts as valid."""
+        """The check of the engine's sessions. None: every handle counts as valid."""
         if self.session_store is None:
             return None
         return SessionCheck(partial(check_sessions, self), self.unknown_session)
@@ -110,11 +112,12 @@ class Engine:
 def check_sessions(
     engine: Engine, handles: Sequence[StoredHandle], *, seen_before: bool = True
 ) -> Iterator[SessionFinding]:
-    """Yield for each session whether it can be resumed. Yield nothing without `session_store`.
+    """Yield for each session whether it can be resumed; nothing if the engine has no check.
 
     Args:
-        seen_before: the engine named these handles, and their fingerprints were recorded if the
-            sessions could be seen. False: a caller names a handle, whose session must be seen now.
+        seen_before: True if the engine named these handles. If a handle then has no fingerprint,
+            its session was never seen, and INVALID becomes UNKNOWN. False if a caller names a
+            handle, whose session must be seen now.
     """
     store = engine.session_store
     if store is None:
@@ -126,13 +129,13 @@ def check_sessions(
 
 
 class Catalog:
-    """The configured engines, by name. Thread-safe: `replace` puts all engines in place at once."""
+    """The configured engines, by name. Thread-safe: `replace` changes all engines at once."""
 
     def __init__(self, engines: Iterable[Engine]) -> None:
         self._engines = {engine.name: engine for engine in engines}
 
     def replace(self, other: Catalog) -> None:
-        """Replace the engines by those of another catalog. Earlier snapshots keep theirs."""
+        """Take the engines of another catalog. Earlier snapshots keep their engines."""
         self._engines = other._engines
 
     def snapshot(self) -> Catalog:
@@ -141,7 +144,7 @@ class Catalog:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names, sorted."""
+        """The sorted names of the engines."""
         return tuple(sorted(self._engines))
 
     @property
@@ -154,12 +157,12 @@ class Catalog:
         }
 
     def session_type(self, name: str) -> str:
-        """Return the type of an engine's handles, also for an engine that was removed."""
+        """Return the type of an engine's session handles, also if the engine was removed."""
         engine = self._engines.get(name)
         return JSON_LINES.session_type if engine is None else engine.dialect.session_type
 
     def wait_s(self, run: Run) -> float:
-        """Return how many seconds a question of the run waits, by the run or else by its engine.
+        """Return how many seconds a question waits: the run's own time, else that of its engine.
 
         Raises:
             UnknownEngine: the run has no time of its own, and its engine is not configured.

@@ -35,7 +35,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
         case {"type": "system", "subtype": "init", "session_id": str(handle)}:
             yield SessionNamed(handle)
         case {"type": "assistant" | "user" | "stream_event"}:
-            if event.get("parent_tool_use_id") is None:  # otherwise a background task did it
+            if event.get("parent_tool_use_id") is None:  # else a background task did this
                 yield OtherActivity()
                 yield from _read_calls(event)
         case {"type": "system", "subtype": "api_retry"}:
@@ -87,7 +87,7 @@ def _read_tasks(subtype: str, event: JsonObject) -> Iterator[CliEvent]:
         case "task_notification", {"task_id": str(task)}:
             yield BackgroundTask(task, is_running=False)
             if event.get("status") != "stopped":
-                yield OtherActivity()  # the model is informed, and may take long to answer
+                yield OtherActivity()  # the model is informed, and can take long to answer
         case "background_tasks_changed", {"tasks": list(tasks)}:
             yield BackgroundTasks(frozenset(map(str, filter(None, map(_task_name, tasks)))))
 
@@ -124,13 +124,14 @@ def _failure_text(event: JsonObject) -> str | None:
 def says_lost(_: int | None, text: str) -> bool:
     """Return True for a lost session, which Claude Code reports at the beginning of its text.
 
-    A session without the call that the user has answered counts as lost: its file was changed.
+    A session that lacks the call for which the user has answered counts as lost, because its file
+    was changed.
     """
     return text.startswith((_SESSION_LOST, _CALL_LOST))
 
 
 def says_refused(_: int | None, text: str) -> bool:
-    """Return True for refused credentials, also reported at the beginning of the text."""
+    """Return True for refused credentials, which are reported at the beginning of the text too."""
     return text.startswith(_REFUSED)
 
 

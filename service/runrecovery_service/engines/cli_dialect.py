@@ -1,8 +1,7 @@
 """The dialect of agent CLIs: a prompt on stdin, JSON events on stdout, one turn per process.
 
-Each CLI's own module has its command line, its events and its exit codes. This module turns them
-into a conversation. A line that is not an event is kept without a meaning: CLIs also print warnings
-there.
+The module of each CLI has the CLI's command line, events and exit codes. This module makes messages
+of the events. A line that is not an event, such as a warning, is stored but ignored.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ MAX_TASKS: Final = 1000
 HANDLE_CHARS: Final = 36
 SECRET: Final = b"[secret]"
 UNRECORDED_HANDLE: Final = "00000000-0000-0000-0000-000000000000"
-"""Used in place of a handle that was never recorded and is hidden in the kept output."""
+"""Used in place of a handle that was never recorded and is hidden in the stored output."""
 
 _HANDLE: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """Matches a UUID, which is the session id of every supported CLI. A CLI could take another text,
@@ -86,20 +85,20 @@ class CliDialect:
 
     Attributes:
         session_type: the type of the session handles.
-        first: returns the arguments of a first turn, given the handle that the service chose, or
+        first: returns the arguments of a first turn. It gets the handle that the service chose, or
             None if the CLI chooses the handle.
-        resume: returns the arguments of a later turn, given the handle.
+        resume: returns the arguments of a later turn. It gets the handle.
         read: yields the meaning of one event.
         read_usage: returns the usage that an event reports.
         says_lost: returns whether the failure of a resumed turn means a lost session.
         says_refused: returns whether a failure means refused credentials.
-        retry_on_stderr: finds reports of retries on standard error; its group is the HTTP status.
-            None: the events have them.
-        chooses_handle: the service chooses the handle, a UUID.
+        retry_on_stderr: matches reports of retries on standard error; its group is the HTTP status.
+            None: the CLI reports retries by events.
+        chooses_handle: whether the service chooses the handle, a UUID.
         when_trusted: further arguments if the operator lets the CLI trust the workspace.
         trusted: whether the operator lets the CLI trust the workspace.
-        permissions: which calls of tools need the permission of the user. None: the CLI cannot
-            defer a call.
+        permissions: which tool calls need the user's permission. None: the CLI cannot end its turn
+            before a call and return to this call later.
     """
 
     session_type: str
@@ -139,7 +138,7 @@ class CliDialect:
         returns = self.permissions is not None and returns_to_call(resumed.reply)
         opening = Opening(
             arguments=self.resume(handle),
-            # Without a prompt the CLI returns to its call, and the hook gives the answer.
+            # Without a prompt the CLI returns to the deferred call, and the hook gives the answer.
             input=b"" if returns else _encode(prompts.resume_prompt(run.input, resumed)),
             listener=CliListener(
                 self,
@@ -177,7 +176,7 @@ class CliDialect:
         )
 
     def reread(self, turn: KeptTurn) -> KeptListener:
-        """Return a listener that puts the handle back where the kept output hides it."""
+        """Return a listener that restores the handle, which the stored output hides."""
         if turn.handle is not None and not _HANDLE.fullmatch(turn.handle):
             raise HandleUnusable
         return KeptListener(
@@ -194,7 +193,7 @@ class CliDialect:
 
 
 def deferred_text(tool: str | None) -> str:
-    """Return the error of a turn that a user's hook has ended. `tool`: its name, if it is known."""
+    """Return the error of a turn that a user's hook ended before a call of `tool`, if known."""
     call = "tool call" if tool is None else f"call of the tool {tool}"
     return f"A hook deferred its {call}, so the turn ended unfinished."
 
@@ -204,7 +203,7 @@ def _encode(text: str) -> bytes:
 
 
 def _event(line: bytes) -> JsonObject:
-    """Return the event in a line; an empty one for any other line."""
+    """Return the event in a line, or an empty object if the line is no event."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -217,9 +216,10 @@ class CliListener:
 
     Args:
         handle: the session's handle, if it is known before the process names it.
-        resumed: the process resumes this session.
+        resumed: whether the process resumes this session.
         used_before: the usage that earlier processes of this session have reported.
-        calls: asks about calls that the permission hook has deferred. None: the CLI has no hook.
+        calls: makes questions of the calls that the permission hook has deferred. None: the CLI
+            has no hook.
     """
 
     max_secret_bytes = HANDLE_CHARS
@@ -254,13 +254,13 @@ class CliListener:
 
     @property
     def buffered_bytes(self) -> int:
-        """Size of the text that is parsed when the turn ends."""
+        """The size of the text that will be parsed when the turn ends."""
         return self._chars
 
     def hear(self, line: bytes) -> Heard:
         """Return the meaning of one line.
 
-        Only the end of a turn yields a question or a result. The CLI may begin another turn when a
+        Only the end of a turn yields a question or a result. The CLI can begin another turn when a
         background task has ended.
         """
         event = _event(line)
@@ -281,7 +281,7 @@ class CliListener:
             end = found.end()
             is_refused = found[1] in map(str, REFUSED)
             messages.append(self._note_retry(RetryReported(found[0], is_refused=is_refused)))
-        self._stderr_rest = text[end:][-MAX_RETRY_CHARS:]  # a report may come in two pieces
+        self._stderr_rest = text[end:][-MAX_RETRY_CHARS:]  # a report can come in two pieces
         return tuple(messages)
 
     def redact(self, text: bytes) -> bytes:
@@ -291,7 +291,7 @@ class CliListener:
         return text.replace(self._handle.encode("ascii"), SECRET)
 
     def failure(self, exit_code: int | None, stderr_tail: str) -> RunError | None:
-        """Return the failure that the CLI reported by its events or its exit code, or None."""
+        """Return the failure that the CLI reported by events or its exit code; None: no failure."""
         if self._resumed_another:
             message = "The agent resumed another session than the one that it was told to resume."
             return RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=message)
@@ -301,7 +301,7 @@ class CliListener:
         text = (failure and failure.message) or self._warning or stderr_tail
         lost = self._resumed and self._cli.says_lost(exit_code, text)
         if failure is None and not lost and self._warning is None:
-            return None  # the general message for a bad exit code is just as good
+            return None  # the caller's message about the exit code says as much
         code = "" if exit_code is None else f" (exit code {exit_code})"
         reason = self._shown(text) or "it gave no reason"
         refused = self._is_refused or self._cli.says_refused(exit_code, text)
@@ -312,11 +312,11 @@ class CliListener:
         )
 
     def retry(self) -> str | None:
-        """Return the latest reported retry; None if there was none, or if work followed it."""
+        """Return the latest reported retry; None if there was none, or if work followed."""
         return None if self._retry is None else self._shown(self._retry.message)
 
     def _shown(self, text: str) -> str:
-        """Return a text of the CLI without secrets and short enough for a message."""
+        """Return a text of the CLI without secrets, cut to the length of a message."""
         return storable(self._redact_text(text.strip()))[:MAX_MESSAGE_CHARS]
 
     # -- events --------------------------------------------------------------------------------
@@ -358,15 +358,15 @@ class CliListener:
     def _note_retry(self, retry: RetryReported) -> RetryMessage:
         """Return the message of a retry.
 
-        The first refusal may be of a token that was out of date, which the CLI renews. The second
-        one in a row is final.
+        After the first refusal the CLI can renew a token that was out of date. A second refusal in
+        a row is final.
         """
         is_hopeless = retry.is_refused and self._is_refused
         self._retry, self._is_refused = retry, retry.is_refused
         return RetryMessage(message=self._shown(retry.message), is_hopeless=is_hopeless)
 
     def _defer(self, event: TurnDeferred) -> Iterable[Message]:
-        """End the turn: with the question about the deferred call, or as failed."""
+        """End the turn with the question about the deferred call, or as failed without one."""
         if self._calls is not None and self._calls.is_repeated(event):
             return  # the CLI returned to a call of an earlier turn, and reads its prompt next
         question = None
@@ -422,12 +422,12 @@ class CliListener:
             yield SessionMessage(value=handle)
 
     def _redact_text(self, text: str) -> str:
-        """Return the text without the handle, which any text of the agent may quote."""
+        """Return the text without the handle, which any text of the agent can quote."""
         return text if self._handle is None else text.replace(self._handle, SECRET.decode())
 
 
 class KeptListener(CliListener):
-    """Parses the kept output of a process that has ended, in which `redact` has hidden handles."""
+    """Parses the stored output of a process that has ended. `redact` has hidden handles in it."""
 
     def hear(self, line: bytes) -> Heard:
         """Return the meaning of one line, as it was when the process printed it.

@@ -31,7 +31,7 @@ class TextWritten:
 
 @dataclass(frozen=True, slots=True)
 class ToolCalled:
-    """The agent called a tool, other than by a background task."""
+    """The agent itself called a tool. Calls by its background tasks are not reported so."""
 
     call_id: str
 
@@ -43,7 +43,7 @@ class OtherActivity:
 
 @dataclass(frozen=True, slots=True)
 class BackgroundTask:
-    """A background task started or ended. It can make the agent continue after its turn."""
+    """A background task started or ended. Its end can make the agent begin another turn."""
 
     name: str
     is_running: bool
@@ -58,16 +58,16 @@ class BackgroundTasks:
 
 @dataclass(frozen=True, slots=True)
 class WarningShown:
-    """The CLI warned. The message is used if the turn fails without another reason."""
+    """The CLI warned. If the turn fails without a reason, the warning is its error message."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class RetryReported:
-    """The CLI waits and calls its model again, until a later event shows work.
+    """The CLI repeats a call of its model after a pause. It is retrying until an event shows work.
 
-    `is_refused`: the model refused the credentials of the CLI.
+    `is_refused`: whether the model refused the credentials of the CLI.
     """
 
     message: str
@@ -79,9 +79,9 @@ class UsageReported:
     """The CLI reported its usage.
 
     Attributes:
-        total: the usage of the session if `spans_session`, else of the process.
-        of_process: the usage of the process alone, if the CLI reports this beside the total.
-        is_of_process: `total` excludes earlier processes.
+        total: the usage of the session if `spans_session`, else that of the process.
+        of_process: the usage of the process alone; None: the CLI reports only the total.
+        is_of_process: whether `total` certainly excludes earlier processes.
     """
 
     total: Usage
@@ -94,8 +94,8 @@ class UsageReported:
 class CallReported:
     """The CLI reported the usage of one call of a model so far, before the report of the turn.
 
-    A later event of the same `call` replaces this one. `calls_tool`: the event has a tool call of
-    the model, so the turn continues.
+    A later event of the same `call` replaces this one. `calls_tool`: whether the event has a tool
+    call of the model, so that the turn continues.
     """
 
     call: str
@@ -105,14 +105,14 @@ class CallReported:
 
 @dataclass(frozen=True, slots=True)
 class TurnFinished:
-    """The turn ended. `text` is its final text; None: the latest text. Another turn may follow."""
+    """The turn ended. `text`: its final text; None: its latest text is final. A turn can follow."""
 
     text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TurnDeferred:
-    """A hook deferred this call of a tool, and the turn ended with the call undone."""
+    """A hook deferred this tool call: the turn ended before the call was carried out."""
 
     call_id: str
     tool: str
@@ -123,7 +123,7 @@ class TurnDeferred:
 class TurnFailed:
     """The turn failed. `message` is None if the CLI gave no reason.
 
-    `is_final`: the turn has failed even if the CLI reports success afterwards.
+    `is_final`: whether the turn has failed even if the CLI reports success afterwards.
     """
 
     message: str | None
@@ -135,10 +135,10 @@ CliEvent: TypeAlias = (
     " | WarningShown | RetryReported | TurnFinished | TurnDeferred | TurnFailed"
 )
 ReadEvent: TypeAlias = Callable[[JsonObject], Iterable[CliEvent]]
-"""Yields the events in one output line of a CLI. It must not raise, whatever the line contains."""
+"""Yields the meanings of one JSON event of a CLI. It must not raise, whatever the event has."""
 ReadsFailure: TypeAlias = Callable[[int | None, str], bool]
 """Returns whether a turn failed for a certain reason, by its exit code and the text of its
 error."""
 ReadUsage: TypeAlias = Callable[[JsonObject], UsageReported | CallReported | None]
-"""Returns the usage that an output line reports; None: no usage, or impossible numbers. It must not
-raise either."""
+"""Returns the usage that one JSON event reports; None: no usage, or impossible numbers. It must not
+raise, whatever the event has."""

@@ -1,6 +1,6 @@
 """Converts the usage that agent CLIs report into `Usage`, whose numbers have one meaning.
 
-docs/agents.md says what each CLI counts, and since which moment.
+docs/agents.md says what each CLI counts, and when its count begins.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class UsageCounter:
         self._sum = Usage()
 
     def add(self, said: UsageReported | CallReported) -> TurnUsage:
-        """Return the usage of the turn, with this report.
+        """Return the usage of the turn, including this report.
 
-        Calls count on top of the latest report of the turn, until the next one replaces them.
+        Reports of calls are added to the latest report of the turn. The next report of the turn
+        replaces them.
         """
         if isinstance(said, UsageReported):
             self._calls.clear()
@@ -82,7 +83,7 @@ def codex_tokens(said: JsonObject) -> Usage:
     """Return the tokens that Codex counts, in its events and in its session files.
 
     Raises:
-        InvalidUsage: as `usage_of`.
+        InvalidUsage: see `usage_of`.
     """
     return usage_of(
         input_tokens=said.get("input_tokens"),
@@ -115,7 +116,7 @@ def gemini_call(message: JsonObject) -> Usage | None:
     """Return the tokens of a message in a session file of Gemini CLI; None: it has none.
 
     Raises:
-        InvalidUsage: as `usage_of`.
+        InvalidUsage: see `usage_of`.
     """
     match message:
         case {"type": "gemini", "tokens": dict(said)}:
@@ -132,7 +133,7 @@ def gemini_call(message: JsonObject) -> Usage | None:
 def _gemini_tokens(
     said: JsonObject, *, read: JsonValue, written: JsonValue, total: JsonValue, model: JsonValue
 ) -> Usage:
-    # `written` has the answers alone; what the total has more is reasoning.
+    # `written` has the answers alone. The rest of the total is reasoning.
     answers = _whole(written)
     reasoning = max(0, _whole(total) - _whole(read) - answers)
     return usage_of(
@@ -145,11 +146,12 @@ def _gemini_tokens(
 
 
 def claude(event: JsonObject) -> UsageReported | CallReported | None:
-    """Return the usage in an event of Claude Code: that of a call, or of a turn at its end.
+    """Return the usage in an event of Claude Code: that of one call, or that of an ended turn.
 
-    `modelUsage` has every model and agrees with the cost. Newer versions count it over the whole
-    session, older ones over the process. `usage` has the main model's numbers in the process: if
-    `modelUsage` has the same numbers for a model, the report is of the process.
+    `modelUsage` has the numbers of every model, which agree with the cost. Newer versions count
+    them over the whole session, older versions over the process. `usage` has the numbers of the
+    main model in this process. If `modelUsage` has the same numbers for a model, the report is
+    about the process.
     """
     try:
         match event:
@@ -165,11 +167,11 @@ def claude(event: JsonObject) -> UsageReported | CallReported | None:
 def claude_call(line: JsonObject) -> CallReported | None:
     """Return the usage of a call of Claude Code's model; None: the line has none.
 
-    Its events and its session files have the same messages. A message that the CLI wrote itself is
-    no call.
+    The events and the session files of Claude Code have the same messages. A message that the CLI
+    wrote itself is no call.
 
     Raises:
-        InvalidUsage: as `usage_of`.
+        InvalidUsage: see `usage_of`.
     """
     match line:
         case {"type": "assistant", "message": {"id": str(call), "usage": dict(said), **more}}:
@@ -207,7 +209,7 @@ def _claude_turn(event: JsonObject) -> UsageReported | None:
 def _claude_tokens(said: JsonObject) -> Usage:
     written = _whole(said.get("cache_creation_input_tokens"))
     cached = _whole(said.get("cache_read_input_tokens"))
-    return usage_of(  # Claude's input has no cached tokens in it
+    return usage_of(  # Claude's input tokens do not include the cached ones
         input_tokens=_whole(said.get("input_tokens")) + written + cached,
         output_tokens=said.get("output_tokens"),
         cached=cached,
@@ -233,13 +235,13 @@ def _whole(value: JsonValue) -> int:
     """Return a number of tokens; 0 for a missing one.
 
     Raises:
-        InvalidUsage: as `usage_of`.
+        InvalidUsage: see `usage_of`.
     """
     return usage_of(input_tokens=0 if value is None else value, output_tokens=0).input_tokens
 
 
 def _largest(by_model: JsonValue, tokens: str) -> str:
-    """Return the model with the most tokens; empty without one."""
+    """Return the model with the most tokens; empty if there is no model."""
     if not isinstance(by_model, dict):
         return ""
     sizes: dict[str, int] = {

@@ -49,7 +49,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
 
 
 def says_lost(_: int | None, text: str) -> bool:
-    """Return True for a lost session. Codex has one exit code, so only the text shows that."""
+    """Return True for a lost session, by the text: all failures of Codex have one exit code."""
     return _SESSION_LOST in text
 
 

@@ -4,17 +4,17 @@
 
 - `questions`: the questions to ask, one after the other, each `{"kind", "prompt", "options"}`.
 - `work_s`: seconds of work before each question and before the result, with progress every 0.1 s.
-- `children`: number of sleeping processes to leave behind. The last one forks twice and has its own
-  session.
+- `children`: how many sleeping processes to leave behind. The last one is not a child of the agent
+  and has its own session.
 - `result`: further fields of the output, beside `answers`.
 - `fail`: `"exit<N>"`: exit with that code after the work, instead of a question or the result.
 - `hold`: true: work until a signal ends the agent.
 - `ignore_sigterm`: true: ignore SIGTERM.
 
-A resumable agent keeps its session in `<workspace>/session-<id>.json`. Like a real agent, it does
-not notice the death of its service while it works. Each of its processes ends after 600 s.
-It imports only light modules of the standard library, so that it starts fast: argparse, pathlib,
-subprocess and typing alone would double the CPU time of a start.
+A resumable agent keeps its session in `<workspace>/session-<id>.json`. Like a real agent, the
+demo agent does not notice the death of its service while it works. Each process ends after 600 s.
+The agent imports only light modules of the standard library, so that it starts fast: argparse,
+pathlib, subprocess and typing alone would double the CPU time of a start.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _sticky(message: Json) -> None:
 
 
 def _ask_or_finish(given: Json, answers: list[Any]) -> bool:
-    """Ask the question after the last answer (True), or print the result (False)."""
+    """Ask the next question and return True, or print the result and return False."""
     questions = given.get("questions", [])
     if len(answers) >= len(questions):
         _emit("result", output={**given.get("result", {}), "answers": answers})
@@ -175,7 +175,7 @@ def _leave_child(run_id: str) -> None:
 
 
 def _leave_detached_child(run_id: str) -> None:
-    """Leave a process that is neither a child of this one nor in its session."""
+    """Leave behind a process that is neither a child of this process nor in its session."""
     first = os.fork()
     if first:
         os.waitpid(first, 0)

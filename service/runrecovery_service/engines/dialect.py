@@ -18,7 +18,7 @@ from runrecovery_service.lazy_dataclass import dataclass
 
 
 class ProtocolError(Exception):
-    """The engine broke the protocol. The text says how and quotes nothing that it printed."""
+    """The engine broke the protocol. The text says how, and quotes no output of the engine."""
 
 
 class HandleUnusable(Exception):
@@ -27,7 +27,7 @@ class HandleUnusable(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionMessage:
-    """The handle by which the session can be resumed. A secret: never log it."""
+    """The handle by which the session can be resumed. The handle is a secret: never log it."""
 
     value: str
 
@@ -71,7 +71,7 @@ class RetryMessage:
 
     Attributes:
         message: the reason, as the agent reports it.
-        is_hopeless: the model has refused the agent's credentials twice in a row.
+        is_hopeless: whether the model has refused the agent's credentials twice in a row.
     """
 
     message: str
@@ -121,8 +121,9 @@ class Resumed:
     """The session that a process resumes, and the reason.
 
     Attributes:
-        reply: the reply to the session's last question, which the process gets.
-        interruption: the interruption of the turn that this process completes; None: there is none.
+        reply: the reply to the session's last question, for the process; None: no reply.
+        interruption: the interruption of the turn that this process completes; None: the process
+            begins a new turn.
         usage: the usage that earlier processes of the session have reported.
     """
 
@@ -134,13 +135,13 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptTurn:
-    """A turn whose process has ended, and whose kept output is parsed again.
+    """A turn whose process has ended, and whose stored output is parsed again.
 
     Attributes:
         handle: the recorded session's handle, a secret; None: no session is recorded.
-        is_resumed: the process resumed this session.
+        is_resumed: whether the process resumed this session.
         used_before: the usage that earlier processes of the session had reported.
-        workspace, deferred: as in `RunContext`.
+        workspace, deferred: see `RunContext`.
     """
 
     handle: str | None = field(default=None, repr=False)
@@ -155,9 +156,9 @@ class Heard:
     """The meaning of a line.
 
     Attributes:
-        redacted: the line without the handle, so that it may be stored and shown.
-        at_work: the agent has resumed work after the end of a turn. None: no turn has ended, or the
-            dialect does not show it.
+        redacted: the line without the handle, so that the line can be stored and shown.
+        at_work: whether the agent has resumed work after the end of a turn. None: no turn has
+            ended, or the dialect does not show the end of a turn.
     """
 
     redacted: bytes
@@ -182,29 +183,29 @@ class Listener(Protocol):
 
     @property
     def buffered_bytes(self) -> int:
-        """Number of bytes that the listener may parse in addition to the next line."""
+        """The most bytes that the listener will parse in addition to those of the next line."""
         ...
 
     @property
     def max_secret_bytes(self) -> int:
-        """Length of the longest secret, which `redact` finds only if it is not split."""
+        """The length of the longest secret. `redact` finds only a secret that is not split."""
         ...
 
     def redact(self, text: bytes) -> bytes:
-        """Return the text without secrets, so that it may be stored and shown."""
+        """Return the text without secrets, so that the text can be stored and shown."""
         ...
 
     def failure(self, exit_code: int | None, stderr_tail: str) -> RunError | None:
         """Return the failure that the process reported by a message or its exit code, or None.
 
         Args:
-            exit_code: None if the process had to be ended; negative for a signal.
+            exit_code: negative for a signal; None: the service had to end the process.
             stderr_tail: the last lines of standard error.
         """
         ...
 
     def retry(self) -> str | None:
-        """Return the model call that the process was retrying when it was ended, or None."""
+        """Return the reason of the model call that the process was retrying at its end, or None."""
         ...
 
 
@@ -213,11 +214,12 @@ class Opening:
     """Arguments and input of a process, and its listener.
 
     Attributes:
-        arguments: appended to the engine's command. They may contain the handle.
+        arguments: appended to the engine's command. They can contain the handle, a secret.
         input: the beginning of standard input.
-        handle: the session handle if the service chooses it, a secret. None: the process names it.
+        handle: the session handle that the service chose, a secret. None: the process names it.
         files: the contents of files that must exist before the process starts.
-        least_version: the first version of the engine's program that supports this. None: any.
+        least_version: the first version of the engine's program that supports these arguments and
+            files. None: any.
         listener: parses the output of this process only.
     """
 
@@ -234,29 +236,29 @@ class Dialect(Protocol):
 
     @property
     def session_type(self) -> str:
-        """The type of its session handles."""
+        """The type of the session handles of this dialect."""
         ...
 
     @property
     def max_line_bytes(self) -> int:
-        """The longest line that an engine may print."""
+        """The longest line that an engine is allowed to print."""
         ...
 
     @property
     def ends_once(self) -> bool:
-        """True: a second, different result or question breaks the protocol.
+        """Whether a second, different result or question breaks the protocol.
 
-        False: it replaces the previous one.
+        If not, it replaces the previous result or question.
         """
         ...
 
     @property
     def reports_cost(self) -> bool:
-        """False: an engine with this dialect never reports a cost."""
+        """Whether engines with this dialect can report a cost."""
         ...
 
     def open(self, run: RunContext, resumed: Resumed | None) -> Opening:
-        """Return arguments and input of a process. Without `resumed` the process begins the run.
+        """Return arguments and input of a process. If `resumed` is None, it begins the run.
 
         Raises:
             HandleUnusable: this engine cannot have named the session's handle.
@@ -264,7 +266,7 @@ class Dialect(Protocol):
         ...
 
     def reread(self, turn: KeptTurn) -> Listener:
-        """Return a listener for the kept output of a process, in which the handle is hidden.
+        """Return a listener for the stored output of a process, in which the handle is hidden.
 
         Raises:
             HandleUnusable: this engine cannot have named the session's handle.

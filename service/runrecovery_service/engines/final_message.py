@@ -1,9 +1,9 @@
 """Parses the text with which an agent CLI ends its turn: a question, a result or plain text. Pure.
 
-A model is asked to end its text with one JSON object (see `prompts.HOW_TO_END`). That object may
-follow other text, and may be in a code block. A text without such an object is itself the result.
+A model is asked to end its text with one JSON object (see `prompts.HOW_TO_END`). The object can
+follow other text, and can be in a code block. A text without such an object is itself the result.
 
-The text is not trusted, so parsing takes time in proportion to its length at most.
+The text is not trusted, so parsing takes at most a time in proportion to its length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRIES: Final = 4
 
 _BEGINNING: Final = re.compile(r'\{\s*"(?:ask_user|result)"\s*:')
 _FENCE: Final = "`~ \t\r\n"
-"""Characters that may follow the object: the end of a code block."""
+"""Characters that can follow the object: the end of a code block."""
 
 
 def parse(text: str) -> AskMessage | ResultMessage:

@@ -58,7 +58,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
 
 
 def says_lost(exit_code: int | None, text: str) -> bool:
-    """Return True for a lost session. Other bad input has the same exit code."""
+    """Return True for a lost session, by exit code and text: other bad input has the same code."""
     return exit_code == _BAD_INPUT and _SESSION_LOST in text
 
 

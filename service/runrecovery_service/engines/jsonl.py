@@ -86,7 +86,7 @@ def _context(run: RunContext) -> JsonObject:
 
 
 def _reply(reply: Interaction) -> JsonObject:
-    """Return the reply as JSON. `auto_decided`: the response is null, as nobody replied in time."""
+    """Return the reply as JSON. With `auto_decided` it is null, because nobody replied in time."""
     fields: JsonObject = {"interaction_id": reply.interaction_id, "response": reply.response}
     return fields | {"auto_decided": True} if reply.auto_decided else fields
 
@@ -162,7 +162,7 @@ def _option(value: JsonValue) -> Option:
 
 
 def _usage(message: JsonObject) -> UsageMessage | UnknownMessage:
-    """Return the usage of the process so far. Bad numbers do not fail the run: its work is done."""
+    """Return the usage of the process so far. Bad numbers are ignored: they must not fail a run."""
     try:
         usage = usage_of(
             input_tokens=message.get("input_tokens"),
@@ -205,7 +205,7 @@ class JsonLines:
         return Opening(input=resume_message(run, resumed), listener=self)
 
     def reread(self, turn: KeptTurn) -> JsonLines:
-        """Return the listener of every process: only `session` lines are hidden."""
+        """Return this listener. Stored output lacks only the handle in `session` lines."""
         return self
 
     def reply(self, reply: Interaction) -> bytes:
@@ -213,7 +213,7 @@ class JsonLines:
         return reply_message(reply)
 
     def hear(self, line: bytes) -> Heard:
-        """Return the meaning of one line. An empty line has none."""
+        """Return the meaning of one line. An empty line has no meaning."""
         if not line.strip():
             return Heard(line)
         message = parse(line)

@@ -1,13 +1,15 @@
-"""The permission hook: decides about one call of a tool, in a process of its own.
+"""The permission hook: decides about one tool call, in a process of its own.
 
-Claude Code waits for the answer. A call that matches a pattern of the engine is deferred: Claude
-Code then ends, and the service asks its user. In the turn that resumes with the answer, Claude Code
-asks the hook about the same call again. The hook gives the answer once.
+Claude Code starts the hook before a tool call, and waits for its decision. If the call matches a
+pattern of the engine, the hook defers it: Claude Code ends, and the service asks the user. In the
+turn that resumes with the user's answer, Claude Code asks the hook about the same call again. The
+hook then passes on the answer, once.
 
-The hook decides by files that the service wrote before the launch, and by files of its own that
-only one process can create. If it cannot decide, it exits with `BLOCK`, and the call does not run.
+The hook reads files that the service wrote before the launch. It creates files of its own, each of
+which only one process can create. If the hook cannot decide, it exits with `BLOCK`, and the call
+does not run.
 
-It imports only light parts of the standard library.
+This module imports only light parts of the standard library.
 """
 
 from __future__ import annotations
@@ -70,15 +72,15 @@ def main(arguments: list[str]) -> int:
 
 
 def decide(call: Json, rules: Json, folder: str, turn: str) -> Json | None:
-    """Return the answer to Claude Code; None if its own rules shall decide.
+    """Return the answer to Claude Code; None: Claude Code decides by its own rules.
 
     Args:
-        call: as Claude Code describes it.
+        call: the description of the call by Claude Code.
         rules: `patterns`; `deferred`, the ids of calls that were deferred in earlier turns; and
-            `grant`, the answer of the user: `name` (of the file that marks it as used), `call_id`
-            (None: for a repetition of the call), `tool`, `input`, `answer`.
-        folder: the folder of the files.
-        turn: the number of the turn, a part of the names of its files.
+            `grant`, the answer of the user: `name` (of the file that marks the answer as used),
+            `call_id` (None: the answer is for a repetition of the call), `tool`, `input`, `answer`.
+        folder: the folder of the hook's files.
+        turn: the number of the turn, which is part of the names of the turn's files.
     """
     key, tool, given = call["tool_use_id"], call["tool_name"], call["tool_input"]
     grant: Json | None = rules["grant"]
@@ -88,7 +90,7 @@ def decide(call: Json, rules: Json, folder: str, turn: str) -> Json | None:
             answer: Json = grant["answer"]
             return answer
         return _deny(USED)
-    if is_old:  # Claude Code returns to it before it reads the prompt that it was given
+    if is_old:  # Claude Code returns to this call before it reads its prompt
         return {"permissionDecision": "defer"}
     if first_match(rules["patterns"], tool, given) is None:
         return None
@@ -108,7 +110,7 @@ def _is_granted(grant: Json, key: str, tool: str, given: object, *, is_old: bool
 
 
 def can_be_shown(given: object, session: str) -> bool:
-    """Return whether a question can show the input of a call. The session's id is a secret."""
+    """Return whether a question can show the input of a call, which must lack the secret id."""
     try:
         text = json.dumps(given, ensure_ascii=False, allow_nan=False)
         text.encode()

@@ -63,15 +63,15 @@ class PreparedHook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permissions:
-    """The calls of tools that need the permission of the user. Empty `patterns`: none."""
+    """The tool calls that need the user's permission. Empty `patterns`: no call needs it."""
 
     patterns: tuple[str, ...] = ()
 
     def prepare(self, run: RunContext, resumed: Resumed | None) -> PreparedHook | None:
-        """Return the hook of a process; None if it needs none.
+        """Return the hook of a process, or None if the process needs no hook.
 
-        A call that has its answer is decided by the hook even if the engine does not ask for
-        permission any more.
+        If the user has answered about a call, the hook decides about this call even if the engine
+        does not ask for permission any more.
         """
         grant = _grant(resumed)
         if not self.patterns and grant is None and not run.deferred:
@@ -98,13 +98,13 @@ class Permissions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeferredCalls:
-    """Asks about the calls that the hook of one process has deferred.
+    """Makes questions of the calls that the hook of one process has deferred.
 
     Attributes:
-        workspace, deferred: as in `RunContext`.
+        workspace, deferred: see `RunContext`.
         has_prompt: whether the process gets a prompt. A resumed process first returns to a call
-            that is still deferred, which the hook defers again. Only then does the process read its
-            prompt. For the kept output of an ended process, this makes no difference.
+            that is still deferred, and the hook defers this call again. Only then does the process
+            read its prompt. When stored output is parsed again, the value makes no difference.
     """
 
     permissions: Permissions
@@ -113,15 +113,15 @@ class DeferredCalls:
     has_prompt: bool
 
     def is_repeated(self, event: TurnDeferred) -> bool:
-        """Return whether the call is of an earlier turn, so that the prompt is read next."""
+        """Return whether the call is of an earlier turn, so that the CLI reads its prompt next."""
         return self.has_prompt and event.call_id in self.deferred
 
     def question(self, event: TurnDeferred, *, session: str, is_last: bool) -> Question | None:
-        """Return the question; None if another hook has deferred the call.
+        """Return the question, or None for a call that this hook would not have deferred now.
 
         Args:
             session: the session's handle, a secret.
-            is_last: no other call followed the call in its message.
+            is_last: whether no other call followed the call in its message.
         """
         if event.call_id in self.deferred or not can_be_shown(event.input, session):
             return None
@@ -144,10 +144,10 @@ class DeferredCalls:
 
 
 def returns_to_call(reply: Interaction | None) -> bool:
-    """Return whether Claude Code, resumed with the answer, returns to the deferred call by itself.
+    """Return whether Claude Code returns to the deferred call by itself when it is resumed.
 
-    If other calls followed the call in its message, Claude Code (2.1.197) does not show the model
-    the result of the call. The prompt then asks the model to repeat the call instead.
+    If other calls followed the call in its message, Claude Code (2.1.197) would not show the result
+    of the call to the model. The prompt then asks the model to repeat the call instead.
     """
     return reply is not None and reply.tool_call is not None and reply.tool_call.is_last
 
@@ -168,7 +168,7 @@ def _mark_name(reply: Interaction) -> str:
 
 
 def _grant(resumed: Resumed | None) -> JsonObject | None:
-    """Return the answer that the hook shall give, with the call that it is for; None: no answer."""
+    """Return the answer for the hook to give, and the call that it is for; None: no answer."""
     reply, interruption = (resumed.reply, resumed.interruption) if resumed else (None, None)
     if reply is not None and reply.tool_call is not None and reply.tool_call.is_last:
         call = reply.tool_call
@@ -197,7 +197,7 @@ def _granted(
 
 
 def _hook_answer(reply: Interaction) -> JsonObject:
-    """Return the answer in the words of Claude Code. Any other response denies the call."""
+    """Return the answer in Claude Code's form. A response that is no answer denies the call."""
     match parse_answer(reply.response):
         case Allow(input=None):
             return {"permissionDecision": "allow"}

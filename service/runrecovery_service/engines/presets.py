@@ -25,11 +25,11 @@ class CliDescription:
     """The properties of a CLI that its preset uses.
 
     Attributes:
-        program: its command, as its npm package installs it.
-        home_variable: the variable with the folder of its configuration and sessions.
-        variables: variables of the service's environment that the CLI may need, for example for
+        program: the command that the npm package of the CLI installs.
+        home_variable: the variable that names the folder of the CLI's configuration and sessions.
+        variables: variables of the service's environment that the CLI can need, for example for
             model endpoints and API keys.
-        reports_cost: it reports what its calls of a model cost.
+        reports_cost: whether the CLI reports the cost of its model calls.
     """
 
     program: str

@@ -71,7 +71,7 @@ def reply_prompt(reply: Interaction) -> str:
 
 
 def permission_prompt(reply: Interaction, call: ToolCall) -> str:
-    """Return the text for an agent about the answer to a permission question."""
+    """Return the text that tells an agent the answer to a permission question."""
     asked = f"your call of {call.tool} with this input:\n\n{_as_json(call.input)}\n"
     match parse_answer(reply.response):
         case Allow(input=changed) if not call.is_last:
@@ -100,7 +100,7 @@ def resume_prompt(run_input: JsonObject, resumed: Resumed) -> str:
 
 
 def interruption_notice(interruption: Interruption) -> str:
-    """Return the text for an agent about the interruption of its turn."""
+    """Return the text that tells an agent about the interruption of its turn."""
     at = interruption.at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     again = f" This is interruption {interruption.times} of this turn." * (interruption.times > 1)
     return (
@@ -112,7 +112,7 @@ def interruption_notice(interruption: Interruption) -> str:
 def _after_interruption(run_input: JsonObject, interruption: Interruption) -> str:
     """Return the notice, and the message that began the turn.
 
-    A process that was killed early may not have saved this message in its session.
+    If the process was killed early, its session possibly lacks this message.
     """
     notice = interruption_notice(interruption)
     if interruption.reply is not None:

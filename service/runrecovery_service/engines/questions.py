@@ -12,7 +12,7 @@ KINDS: Final = {kind.value: kind for kind in InteractionKind}
 
 
 def parse_option(value: JsonValue) -> Option | None:
-    """Return an option of a question: a text, a number or {label, value}. None: none of these."""
+    """Return the option that a text, a number or {label, value} means; None for any other value."""
     match value:
         case bool():
             return None

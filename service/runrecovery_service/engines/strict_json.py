@@ -49,7 +49,7 @@ def read_first_object(text: str, begin: int) -> tuple[JsonObject, int]:
     except RecursionError:
         raise _too_deep() from None
     except ValueError:  # not JSON, or an integer of thousands of digits
-        # "from None": the cause would contain the text, which may contain a session handle.
+        # "from None": the cause would contain the text, which can contain a session handle.
         raise _no_json() from None
     if not isinstance(value, dict):
         raise ProtocolError("a line is not a JSON object")
@@ -82,9 +82,10 @@ def _too_deep() -> ProtocolError:
 
 
 def _check(root: JsonObject) -> None:
-    """Raise ProtocolError for a value that cannot be stored. Iterative: input may be deep.
+    """Raise ProtocolError for a value that cannot be stored. Iterative, because input can be deep.
 
-    Every line of every agent comes here, so it avoids what is slow: generators, unions of types.
+    Every line of every agent is checked here, so the code avoids slow things: generators and unions
+    of types.
     """
     level: list[JsonObject | list[JsonValue]] = [root]
     for depth in count(1):

@@ -1,4 +1,4 @@
-"""The session files of Claude Code: their path and their content.
+"""The session files of Claude Code: where they are, and what they contain.
 
 The path is `<home>/projects/<folder>/<id>.jsonl`. `<folder>` is the workspace's path (without
 links), in which a dash replaces everything but letters and digits. Every relevant line contains the
@@ -39,7 +39,7 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
 def folder_of(workspace: str) -> str:
     """Return the name of a workspace's folder. A long name is cut and ends in a hash of the path.
 
-    The path is not normalised: a letter and its accent may become two dashes.
+    The path is not normalised: a letter with a separate accent becomes two dashes.
     """
     name = _OTHER.sub(lambda found: "-" if found[0] <= "\uffff" else "--", workspace)
     if len(name) <= LONGEST_NAME:
@@ -90,14 +90,14 @@ class ClaudeLayout:
         return None if own else SessionReason.ELSEWHERE
 
     def may_follow_end(self, line: JsonObject) -> bool:
-        """Return True for a result of a tool. A call may have been deferred before it."""
+        """Return True for a result of a tool, which can follow a deferred call."""
         match line.get("message"):
             case {"content": [{"type": "tool_result"}, *_]}:
                 return True
         return False
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
-        """Return whether a turn ends with the line. None for subagents and notes (`isMeta`)."""
+        """Return whether a turn ends with the line; None for subagents and `isMeta` lines."""
         if line.get("isSidechain") or line.get("isMeta"):
             return None
         match line.get("type"), line.get("message"):
@@ -112,7 +112,7 @@ class ClaudeLayout:
 
 
 def _is_deferral(line: JsonObject) -> bool:
-    """Return whether a hook deferred a call, and the turn ended with that."""
+    """Return whether the line says that a hook deferred a call, which ended the turn."""
     attachment = line.get("attachment")
     return isinstance(attachment, dict) and attachment.get("type") == "hook_deferred_tool"
 
@@ -126,16 +126,16 @@ def _calls_tool(message: JsonObject) -> bool:
 class ClaudeLedger:
     """The calls in the session files of Claude Code, and in its output.
 
-    Each line with a part of an answer has the id of the answer and its usage. The file has the
-    whole usage, but is written up to some seconds later than the output, whose usage has too few
-    output tokens.
+    Each line with a part of an answer has the id and the usage of this answer. In the file the
+    usage is complete, but the file is written up to some seconds later than the output. In the
+    output the usage has too few output tokens.
     """
 
     marks = (b'"usage"',)
     is_in_output = True
 
     def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
-        """Return the sum over all answers, each with the greatest numbers of its lines."""
+        """Return the sum over all answers. Of an answer's lines, the greatest numbers count."""
         calls: dict[str, Usage] = {}
         for line in lines:
             if (said := claude_call(line)) is not None:

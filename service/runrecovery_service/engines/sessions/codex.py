@@ -1,8 +1,8 @@
-"""The session files of Codex: their path and their content.
+"""The session files of Codex: where they are, and what they contain.
 
 The path is `<home>/sessions/<year>/<month>/<day>/rollout-<time>-<id>.jsonl`, with the local day on
 which the session began. The first line is a `session_meta` of some 20 KiB. The last line of a turn
-is a `task_complete`. Codex may compress old files (`.zst`), which are found but not read.
+is a `task_complete`. Codex can compress old files (`.zst`), which are found but not read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SUFFIXES: Final = (".jsonl", ".jsonl.zst")
 _ID_CHARACTERS: Final = 36
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 END_OF_TIME_MS: Final = 32_503_680_000_000
-"""The year 3000. An id can contain a time far beyond the last day of a `datetime`."""
+"""The year 3000. Later times count as invalid: an id can have a time that no `datetime` has."""
 _ENDS: Final = frozenset({"task_complete", "turn_complete", "turn_aborted"})
 _BEGINS: Final = frozenset({"task_started", "turn_started", "user_message"})
 
@@ -41,11 +41,11 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
 
 
 def days_of(session_id: str) -> list[str]:
-    """Return the folders, `year/month/day`, that may contain a session.
+    """Return the folders, `year/month/day`, that can contain a session.
 
-    The session's id (a UUID of version 7) contains a time. The folder has the local day, so it is
-    the day of that time, the day before or the day after. For an id without a valid time, return no
-    folders.
+    The session's id (a UUID of version 7) contains a time in UTC. The folder is named by the local
+    day, so it is the day of this time, the day before or the day after. For an id without a valid
+    time, return no folders.
     """
     milliseconds = int(session_id[:8] + session_id[9:13], 16)
     if session_id[14] != "7" or milliseconds >= END_OF_TIME_MS:
@@ -109,7 +109,7 @@ class CodexLayout:
         return None if own else SessionReason.ELSEWHERE
 
     def may_follow_end(self, line: JsonObject) -> bool:
-        """Return False: Codex writes no such line after the end of a turn."""
+        """Return False: Codex has no such lines."""
         return False
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
@@ -130,16 +130,17 @@ class CodexLayout:
 class CodexLedger:
     """The calls in a session file of Codex, which has two totals of the session.
 
-    `token_usage_record` comes with the answer of each call. `token_count` comes after the tools of
-    that answer, and a resumed process adds to its total. So a call whose tool was interrupted is
-    missing in every later `token_count`, and in the usage that Codex prints.
+    Codex writes a `token_usage_record` with the answer of each call. After the tools of the answer
+    have run, it writes a `token_count`, and a resumed process adds to the total of the last one. So
+    a call whose tool was interrupted is missing in every later `token_count`, and in the usage that
+    Codex prints.
     """
 
     marks = (b'"token_usage_record"', b'"token_count"')
     is_in_output = False
 
     def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
-        """Return the latest of both totals. Older versions have only `token_count`."""
+        """Return the latest values of both totals. Older versions have only `token_count`."""
         calls = total = None
         for line in lines:
             match line:

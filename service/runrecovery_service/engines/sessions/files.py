@@ -1,6 +1,6 @@
 """Checks session files, in batches.
 
-Agents can write in the folders of these files. So any file may have been replaced, for example by a
+Agents can write in the folders of these files. So any file can have been replaced, for example by a
 pipe or a link.
 """
 
@@ -62,10 +62,10 @@ class SessionStore(Protocol):
 
 
 class Finder(Protocol):
-    """Finds the session files of one batch, for which it may cache folders."""
+    """Finds the session files of one batch. It can cache the content of folders for the batch."""
 
     def paths(self, stored: StoredHandle) -> Iterator[Path]:
-        """Yield the paths where the session may be, the likeliest first.
+        """Yield the paths at which the session can be, the likeliest first.
 
         Raises:
             OSError: a folder cannot be read.
@@ -116,7 +116,7 @@ class SessionObservation:
 
     Attributes:
         finding: the result of the check.
-        fingerprint: that of the file now. None: there is no file, or a check would refuse it.
+        fingerprint: that of the file now. None: there is no file, or the check refused it.
     """
 
     finding: SessionFinding
@@ -130,13 +130,14 @@ _MISSING: Final = SessionObservation(FOUND[SessionReason.MISSING], None)
 class CliSessions:
     """The sessions of a CLI, in files to which the CLI only appends.
 
-    A damaged or replaced file yields a finding. It never raises an error.
+    For a damaged or replaced file, a check returns a finding and never raises an error.
 
     Attributes:
         home: the home folder of the CLI; None: not known.
         finder: returns a finder for one batch; None: `home` is not known.
-        history: repairs a session before it is resumed; None: sessions of this CLI need no repair.
-        ledger: the usage in the files; None: not known.
+        history: finds the repairs that a session needs before it is resumed; None: sessions of this
+            CLI need no repair.
+        ledger: adds up the usage in the files; None: the files have no known usage.
     """
 
     home: Path | None
@@ -152,14 +153,14 @@ class CliSessions:
             yield batch.observe(stored).finding
 
     def observe(self, stored: StoredHandle) -> SessionObservation:
-        """Check one session and return its fingerprint too. No process may write to it now."""
+        """Check one session, and return its fingerprint too. No process must be writing to it."""
         return self._new_batch().observe(stored)
 
     def repair(self, stored: StoredHandle, given_up: threading.Event) -> list[Repair]:
-        """Repair the files of one session. No process may write to them until `given_up` is set.
+        """Repair the files of one session. Before `given_up` is set, no process must write to them.
 
         Raises:
-            NotRepairable, OSError, NotKnown: a file is left as it is.
+            NotRepairable, OSError, NotKnown: a file could not be repaired, and is unchanged.
         """
         if self.history is None or self.finder is None or not is_uuid(stored.handle):
             return []
@@ -168,10 +169,10 @@ class CliSessions:
         return [each for each in repairs if each is not None]
 
     def read_usage(self, stored: StoredHandle, output: Path) -> StoredUsage:
-        """Return the usage of the calls that a session has stored. No process may write to it.
+        """Return the usage of the calls in a session. No process must be writing to its files.
 
         Args:
-            output: the kept standard output of the CLI from all turns of the session.
+            output: the stored standard output of the CLI from all turns of the session.
 
         Raises:
             UsageNotKnown, OSError, NotKnown: the usage cannot be read.
@@ -197,7 +198,7 @@ class _Batch:
     _logged: set[str] = field(default_factory=set)
 
     def observe(self, stored: StoredHandle) -> SessionObservation:
-        """Observe one session. A defect here must not stop this recovery and every later one."""
+        """Observe one session. A defect must not stop a recovery: it would stop every later one."""
         try:
             return self._observe(stored)
         except OSError as error:
@@ -247,7 +248,7 @@ class _Batch:
 
 def _observe_file(path: Path, stored: StoredHandle, layout: Layout) -> SessionObservation:
     try:
-        # Do not wait: it may be a pipe. Follow links: some home folders are links.
+        # Do not wait, because the file can be a pipe. Follow links: some home folders are links.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         return SessionObservation(FOUND[reason_of(error)], None)
@@ -299,10 +300,10 @@ def _head(descriptor: int, size: int) -> bytes:
 
 
 def _end(descriptor: int, size: int, fingerprint: SessionFingerprint | None) -> int:
-    """Return the size of the file when its fingerprint was recorded, else its present size.
+    """Return where the checked part of the file ends: at the recorded size, or at the file's end.
 
-    Later lines belong to an interrupted turn and may be incomplete. If no line ends at the recorded
-    size, the file was written again as a whole.
+    Lines after the recorded size belong to an interrupted turn and can be incomplete. If no line
+    ends at the recorded size, the file was written again as a whole, and its present end counts.
     """
     if fingerprint is None or fingerprint.size >= size:
         return size
@@ -311,7 +312,7 @@ def _end(descriptor: int, size: int, fingerprint: SessionFingerprint | None) -> 
 
 
 def _tail(descriptor: int, end: int) -> bytes:
-    """Return the end of the file with at least one complete line, if that is not too long."""
+    """Return the last bytes before `end`, with at least one complete line unless it is too long."""
     for most in (FIRST_READ, MAX_READ):
         begin = max(0, end - most)
         tail = os.pread(descriptor, end - begin, begin)

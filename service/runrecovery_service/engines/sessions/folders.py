@@ -19,7 +19,7 @@ OURS: Final = ".runrecovery."
 def home_of(env: Mapping[str, str], variable: str, below_home: str) -> Path | None:
     """Return a CLI's home folder: the value of `variable`, else `below_home` in HOME.
 
-    None for a relative path, which depends on the working directory of the CLI.
+    For a relative path return None, because the path depends on the CLI's working directory.
     """
     named = env.get(variable) or ""
     home = Path(named) if named else Path(env.get("HOME", ""), below_home)
@@ -58,7 +58,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """Return the beginning of a regular file; empty if there is none. Never wait.
+    """Return the beginning of a file, or no bytes if no regular file is there. Never wait.
 
     Raises:
         OSError: the file cannot be read.

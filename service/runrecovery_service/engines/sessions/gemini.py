@@ -1,4 +1,4 @@
-"""The session files of Gemini CLI: their path and their content.
+"""The session files of Gemini CLI: where they are, and what they contain.
 
 The path is `<home>/.gemini/tmp/<project>/chats/session-<time>-<first 8 of id>.jsonl`. The file
 `projects.json` contains the project of each folder, and so does the project's `.project_root`. A
@@ -48,13 +48,13 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
 
 
 def is_of_session(name: str, session_id: str) -> bool:
-    """Return True for the name of a file that may contain this session."""
+    """Return True for the name of a file that can contain this session."""
     return name.startswith("session-") and name.endswith(f"-{session_id[:8]}.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class GeminiFinder:
-    """Finds session files by the list of projects, or else by `.project_root`. Reads each once."""
+    """Finds session files by the list of projects, else by `.project_root`. Reads each once."""
 
     home: Path
     _listed: Cache[dict[str, str] | None] = field(default_factory=Cache)
@@ -62,7 +62,7 @@ class GeminiFinder:
     _chats: Cache[list[str]] = field(default_factory=Cache)
 
     def paths(self, stored: StoredHandle) -> Iterator[Path]:
-        """Yield the files that may contain the session, the oldest first."""
+        """Yield the files that can contain the session, the oldest first."""
         place = str(stored.workspace)
         listed = self._listed.get("all", self._read_list)
         project = (listed or {}).get(place) or self._marked.get("all", self._read_marks).get(place)
@@ -83,14 +83,14 @@ class GeminiFinder:
     def _read_marks(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for project in filter(is_folder_name, names_in(self.home / "tmp")):
-            with suppress(PermissionError):  # the other projects may still be readable
+            with suppress(PermissionError):  # other projects can still be readable
                 root = read_small(self.home / "tmp" / project / ".project_root", MOST_PATH_BYTES)
                 found[os.fsdecode(root.strip())] = project
         return found
 
 
 def projects_of(text: bytes) -> dict[str, str]:
-    """Return the project of each folder; none if the list is damaged. The CLI does the same."""
+    """Return the project of each folder. Like the CLI, take a damaged list as empty."""
     try:
         listed = json.loads(text).get("projects")
         return {place: name for place, name in listed.items() if is_folder_name(name)}
@@ -104,7 +104,7 @@ class GeminiLayout:
     def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
         """Return why the first lines are not of this session, or None.
 
-        They contain only a hash of the workspace.
+        The files contain only a hash of the workspace.
         """
         first = next(head)
         session_id, project = first.get("sessionId"), first.get("projectHash")
@@ -114,13 +114,13 @@ class GeminiLayout:
         return None if own else SessionReason.ELSEWHERE
 
     def may_follow_end(self, line: JsonObject) -> bool:
-        """Return False: Gemini CLI writes no such line after the end of a turn."""
+        """Return False: Gemini CLI has no such lines."""
         return False
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
         """Return whether a turn ends with the line, or None if the line does not show it.
 
-        A line may also contain all messages so far.
+        A line can also contain all messages so far.
         """
         changed = line.get("$set")
         messages = changed.get("messages") if isinstance(changed, dict) else None
@@ -143,14 +143,14 @@ def hash_of(folder: Path) -> str:
 class GeminiLedger:
     """The calls in the session files of Gemini CLI: the messages of the model.
 
-    A message with the same `id` may stand in several lines and files. It is one call.
+    Lines with the same `id`, also in several files, are the same message, which is one call.
     """
 
     marks = (b'"tokens"',)
     is_in_output = False
 
     def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
-        """Return the sum over all messages, those that the CLI has removed from the history too."""
+        """Return the sum over all messages, also those that the CLI removed from the history."""
         calls: dict[str, Usage] = {}
         for message in _messages(lines):
             key, used = message.get("id"), gemini_call(message)

@@ -1,9 +1,9 @@
 """Computes the history that Gemini CLI reads from a session file, and its corrections. Pure.
 
-The Gemini API refuses a conversation in which a call of a tool has no response, or two. Gemini CLI
-0.61.0 stores a response twice: in the message with the call, and as a message of the user. It sends
-both when it resumes the session. A later line with the `id` of a message replaces that message, so
-new lines at the end of the file can correct the history.
+The Gemini API refuses a conversation in which a tool call has no response, or two responses. Gemini
+CLI 0.61.0 stores a response twice: in the message with the call, and as a message of the user. The
+CLI sends both when it resumes the session. A later line with the `id` of a message replaces this
+message, so new lines at the end of the file can correct the history.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class GeminiHistory:
     """The conversation in a session file of Gemini CLI."""
 
     def corrections(self, lines: Iterable[JsonObject]) -> list[JsonObject]:
-        """Return the lines to append so that each call has one response; none if each has.
+        """Return the lines to append so that each call has one response; none if all have one.
 
-        The last one repeats the last message, so that the file still ends with it.
+        The last of these lines repeats the last message, so that the file still ends with it.
         """
         messages = _read(lines)
         corrected = _correct(messages)
@@ -61,7 +61,7 @@ def _rewind(messages: dict[str, JsonObject], first: str) -> None:
 def _correct(messages: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
     """Return the messages that must be replaced, by id."""
     corrected: dict[str, JsonObject] = {}
-    calls: dict[str, JsonObject] = {}  # of the last message with any, without a response so far
+    calls: dict[str, JsonObject] = {}  # calls of the last message with calls, without a response
     caller: str | None = None
     for key, message in messages.items():
         if message.get("type") == "gemini":
@@ -77,7 +77,7 @@ def _correct(messages: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
 
 
 def _is_wanted(part: JsonObject, calls: dict[str, JsonObject]) -> bool:
-    """Return False for a response without a call. Remove the call of a response from `calls`."""
+    """Return False for a response without a call, else True. Remove its call from `calls`."""
     response = part.get("functionResponse")
     if not isinstance(response, dict) or not _text(response, "id"):
         return True
@@ -89,9 +89,9 @@ def _close(
 ) -> dict[str, JsonObject]:
     """Return the message of the model with the last calls, so that each of them has one response.
 
-    Calls that have no response get one. `toolCalls` of the message may have a response of every
-    call; the responses of calls that have another one are removed. Calls without an id stay as
-    they are, because the CLI itself pairs them with responses.
+    Calls without a response get one. If a call has a response in a later message, its response in
+    `toolCalls` of this message is removed. Calls without an id stay as they are, because the CLI
+    itself pairs them with responses.
     """
     if caller is None:
         return {}

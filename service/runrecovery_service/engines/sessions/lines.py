@@ -19,7 +19,7 @@ from runrecovery_service.domain.session_check import (
 from runrecovery_service.lazy_dataclass import dataclass
 
 HEAD_LINES: Final = 8
-"""How many lines at the beginning may identify the session."""
+"""How many lines at the beginning of the file can identify the session."""
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _FOLDER: Final = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
@@ -50,8 +50,8 @@ class Excerpt:
 
     Attributes:
         head: the beginning, with at least one line unless that line is too long.
-        tail: the present end, or the end at the time when the question was recorded.
-        tail_is_all: the tail is the whole file.
+        tail: the last lines of the file, or the last lines when its fingerprint was recorded.
+        tail_is_all: whether the tail is the whole file.
     """
 
     head: bytes = field(repr=False)
@@ -72,11 +72,11 @@ class Layout(Protocol):
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
         """Return whether a turn ends with this line; None if the line does not show it.
 
-        False: other lines must follow, for example after a message of the user or a tool call.
+        Return False if other lines must follow, for example after a tool call.
         """
 
     def may_follow_end(self, line: JsonObject) -> bool:
-        """Return True for a line that the CLI may append after the end of a turn.
+        """Return True for a line that the CLI sometimes appends after the end of a turn.
 
         If the turn has not ended before such a line, other lines must follow.
         """
@@ -91,12 +91,12 @@ def is_uuid(handle: str) -> bool:
 
 
 def is_folder_name(name: object) -> bool:
-    """Return True for a safe name of a folder. It was read from a file that agents can write."""
+    """Return True for a safe name of a folder. Names come from files that agents can write."""
     return isinstance(name, str) and name not in {".", ".."} and bool(_FOLDER.fullmatch(name))
 
 
 def judge_excerpt(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> SessionReason:
-    """Return WHOLE for an intact file, else the reason why it is not. Parse only complete lines."""
+    """Return WHOLE for an intact file, else why it is not intact. Parse only complete lines."""
     first, newline, _ = excerpt.head.partition(b"\n")
     if not newline and not excerpt.tail_is_all:
         return SessionReason.NOT_KNOWN  # the first line is too long
@@ -122,7 +122,7 @@ def _more(head: bytes) -> Iterator[JsonObject]:
 def _judge_end(excerpt: Excerpt, layout: Layout) -> SessionReason:
     *lines, rest = excerpt.tail.split(b"\n")
     if not excerpt.tail_is_all:
-        lines = lines[1:]  # the first line may lack its beginning
+        lines = lines[1:]  # the first line can lack its beginning
     if rest or not lines:  # the last line has no newline, or is too long
         return SessionReason.CUT_OFF if rest else SessionReason.NOT_KNOWN
     if json_object(lines[-1]) is None:
@@ -139,7 +139,7 @@ def _judge_end(excerpt: Excerpt, layout: Layout) -> SessionReason:
 
 
 def json_object(line: bytes) -> JsonObject | None:
-    """Return the JSON object of a line; None if the line has another content."""
+    """Return the JSON object in a line, or None if the line has any other content."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError

@@ -1,4 +1,4 @@
-"""Repairs a session whose history its CLI would send in a form that the model's API refuses.
+"""Repairs a session file whose history the model's API would refuse when its CLI resumes it.
 
 Lines are appended to the session file. Every byte that the CLI has written stays as it is.
 """
@@ -22,7 +22,7 @@ MOST_BYTES: Final = 64 * 1024**2
 
 
 class History(Protocol):
-    """The conversations of a CLI that may need a repair."""
+    """The form of a CLI's conversations, which can need a repair."""
 
     def corrections(self, lines: Iterable[JsonObject]) -> list[JsonObject]:
         """Return the lines to append; none for a history that is valid."""
@@ -34,7 +34,7 @@ class NotRepairable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """The repair of a session file: the number of appended lines, and the size before."""
+    """The repair of a session file: how many lines were appended, and the size before."""
 
     lines: int
     after: int
@@ -43,11 +43,12 @@ class Repair:
 def repair(path: Path, history: History, given_up: threading.Event) -> Repair | None:
     """Append the corrections that a session file needs; return None if it needs none.
 
-    No process may write to the file meanwhile. An interrupted repair leaves the file usable, and
-    the next one completes it.
+    No process must write to the file meanwhile. An interrupted repair leaves the file usable, and
+    the next repair completes it.
 
     Args:
-        given_up: set once the caller no longer waits, so that its CLI may write to the file.
+        given_up: set when the caller has stopped waiting. From then on the CLI can be writing to
+            the file, so the repair begins no write (NotRepairable).
 
     Raises:
         NotRepairable: the file is too long, not a file or changing, or its history stays invalid.
@@ -65,7 +66,7 @@ def repair(path: Path, history: History, given_up: threading.Event) -> Repair | 
         corrections = _corrections(data, history)
         if not corrections:
             return None
-        begin = b"" if data.endswith(b"\n") else b"\n"  # a process may have been killed in a line
+        begin = b"" if data.endswith(b"\n") else b"\n"  # a process was possibly killed in a line
         added = begin + b"".join(json.dumps(line).encode() + b"\n" for line in corrections)
         if given_up.is_set() or os.fstat(file.fileno()).st_size != len(data):
             raise NotRepairable("too_late")
@@ -79,7 +80,7 @@ def repair(path: Path, history: History, given_up: threading.Event) -> Repair | 
 
 
 def _corrections(data: bytes, history: History) -> list[JsonObject]:
-    """Return the lines to append, which are proved to be enough."""
+    """Return the lines to append, after a check that the history is valid with them."""
     lines = [line for each in data.split(b"\n") if (line := json_object(each)) is not None]
     corrections = history.corrections(lines)
     if corrections and history.corrections([*lines, *corrections]):

@@ -1,7 +1,7 @@
 """Reads from session files which calls of the model their CLI has stored.
 
 A killed CLI prints no total. Its session file has the usage of each call whose answer was complete.
-Claude Code writes that file late, so its kept output is read as well.
+Claude Code writes its file late, so its stored output is read as well.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Ledger(Protocol):
     """The calls in the session files of a CLI.
 
     Attributes:
-        marks: a line without any of these texts has no usage, and is not parsed.
-        is_in_output: the CLI prints the same lines to its standard output.
+        marks: texts, one of which is in every line with usage. Other lines are not parsed.
+        is_in_output: whether the CLI prints the same lines to its standard output.
     """
 
     @property
@@ -44,9 +44,9 @@ class Ledger(Protocol):
     def is_in_output(self) -> bool: ...
 
     def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
-        """Return the usage in the lines of all files of a session, the oldest file first.
+        """Return the usage in the lines of a session.
 
-        The lines of the output follow.
+        The lines are those of its files, the oldest file first, and then those of the output.
 
         Raises:
             InvalidUsage: a number is impossible.
@@ -55,7 +55,7 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UsageReader:
-    """Reads the usage of sessions. No process may write to a session meanwhile."""
+    """Reads the usage of sessions. No process must write to a session meanwhile."""
 
     layout: Layout
     ledger: Ledger
@@ -64,7 +64,7 @@ class UsageReader:
     def read(
         self, paths: Iterable[Path], stored: StoredHandle, output: Path | None = None
     ) -> StoredUsage:
-        """Return the usage of the calls in the files of a session and in its kept output.
+        """Return the usage of the calls in the files of a session and in its stored output.
 
         Raises:
             UsageNotKnown: a file is damaged, too long or of another session, or there is none.
@@ -84,7 +84,7 @@ class UsageReader:
         if self.ledger.is_in_output and output is not None:
             with suppress(FileNotFoundError):  # a process that has printed nothing
                 lines += self._output_lines(_read_file(output, left))
-                is_found = True  # a CLI that was killed early may not have made its file
+                is_found = True  # a CLI that was killed early has possibly made no file
         if not is_found:
             raise UsageNotKnown("missing")
         try:
@@ -96,10 +96,12 @@ class UsageReader:
         return usage
 
     def _lines(self, data: bytes, stored: StoredHandle) -> Iterator[JsonObject]:
-        """Yield the lines that may have usage.
+        """Yield the lines of a file that can have usage.
 
-        The last line may be incomplete, because its process was killed. Every other one must be
-        whole.
+        A last line without a newline is skipped, because its process was possibly killed.
+
+        Raises:
+            UsageNotKnown: the first line is not of this session, or a line with usage is damaged.
         """
         first, *more = data.split(b"\n")[:-1] or [b""]
         named = json_object(first)
@@ -115,7 +117,7 @@ class UsageReader:
                 yield parsed
 
     def _output_lines(self, data: bytes) -> Iterator[JsonObject]:
-        """Yield the lines of the output that may have usage, among lines of any other content."""
+        """Yield the lines that have usage. Skip all others, because output can be anything."""
         for line in data.split(b"\n"):
             if any(mark in line for mark in self.ledger.marks):
                 parsed = json_object(line)
@@ -132,5 +134,5 @@ def _read_file(path: Path, most: int) -> bytes:
             raise UsageNotKnown("not_a_file")
         if found.st_size > most:
             raise UsageNotKnown("too_long")
-        # Not beyond this size, if the file grows all the same.
+        # Never read beyond this size, even if the file grows meanwhile.
         return file.read(found.st_size)
