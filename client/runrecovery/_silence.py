@@ -59,6 +59,6 @@ class SilenceTimeout:
                 return
 
     def _left_s(self) -> float:
-        """Return the seconds until the reader may have waited too long."""
+        """Return the seconds until the reader, if it still waits then, has waited too long."""
         since = self._waiting_since
         return self._silence_s - (0.0 if since is None else self._clock() - since)

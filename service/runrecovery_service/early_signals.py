@@ -1,6 +1,6 @@
 """Handles signals that come before the service has installed its own handlers.
 
-The module also records whether the process had a terminal, because after SIGHUP the terminal may be
+The module also records whether the process had a terminal, because after SIGHUP the terminal can be
 gone.
 
 Without these handlers Python would print a traceback (SIGINT), or the system would kill the process

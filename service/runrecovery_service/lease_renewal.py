@@ -54,7 +54,7 @@ def tree_deadline_ns(lease_ttl_s: float, renewed_ns: int) -> int:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LeaseRenewal:
-    """Renews the lease, and fences this service when it may no longer be the owner.
+    """Renews the lease, and fences this service when another instance could own its runs.
 
     Attributes:
         catalog: the configured engines. Each renewal writes their names into the instance's row.

@@ -23,7 +23,7 @@ class Machine:
         now_ns: returns CLOCK_BOOTTIME.
         host: returns the identity of the machine and of its boot.
         storage_threads: makes the threads of the storage.
-        pool: returns a pool of so many threads for blocking work.
+        pool: returns a pool with the given number of threads, for blocking work.
     """
 
     clock: Clock = field(default_factory=Clock)

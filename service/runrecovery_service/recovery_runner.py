@@ -51,7 +51,7 @@ class RecoveryRunner:
     backoff: Backoff
 
     async def report_containment(self, policy: ContainmentPolicy) -> None:
-        """Log the proved level of containment. With policy `strict` a low level stops the start."""
+        """Log the containment that the probe has found. Policy `strict` refuses a low level."""
         probe = self.status.probe
         if probe is None:
             return

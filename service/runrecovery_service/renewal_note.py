@@ -35,8 +35,8 @@ log = structlog.get_logger()
 class RenewalNote:
     """The note of this start in its data directory.
 
-    The file is not synced. After a power cut it may have an older renewal. The next start may then
-    overlook a loss, but it never reports a loss that did not happen.
+    The file is not synced. After a power cut the file can have an older renewal. The next start can
+    then overlook a loss, but it never reports a loss that did not happen.
     """
 
     def __init__(self, data_dir: Path, start: Renewal) -> None:

@@ -62,7 +62,7 @@ class Tracer(Protocol):
             parent: a W3C `traceparent`; None: the span begins a trace.
             started_at: when the operation began; None: now.
             key: determines the ids of the span, so that another process can report the same span.
-                The key may be secret, because only a digest is sent. None: random ids.
+                The key can be secret, because only a digest is sent. None: random ids.
         """
         ...
 

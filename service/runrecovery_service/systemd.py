@@ -37,7 +37,7 @@ _STATUS: Final[Mapping[ServiceState, str]] = {
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class SystemdNotifier:
-    """Sends the state of the gate at each change, and at least every `INTERVAL_S`.
+    """Sends the state of the service at each change, and at least every `INTERVAL_S`.
 
     The event loop sends the messages, so that systemd's watchdog notices a loop that hangs.
 

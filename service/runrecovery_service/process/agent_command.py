@@ -59,8 +59,8 @@ def agent_environment(
 ) -> dict[str, str]:
     """Return the allowed variables of `source`, overridden by `extra`.
 
-    The cookie is taken from `extra` only: a cookie that the service inherited belongs to a launch
-    of another service.
+    The cookie of the launch is taken from `extra` only: a cookie that the service inherited belongs
+    to a launch of another service.
     """
     passed = {name: source[name] for name in allow if name in source and name != COOKIE_VARIABLE}
     return passed | dict(extra)

@@ -34,7 +34,7 @@ class CgroupParent:
         """Return the delegated cgroup. Create it if only its parent exists.
 
         Raises:
-            CgroupUnusable: not a cgroup, not of version 2, or without permission to use it.
+            CgroupUnusable: the folder is no cgroup of version 2, or this user cannot use it.
         """
         try:
             if (path.parent / PROCS).is_file():
@@ -55,10 +55,10 @@ class CgroupParent:
         """Create the cgroup of one launch and return the file that moves processes into it.
 
         Args:
-            cgroup: its path below the mount, as in the launch record.
+            cgroup: the path of the cgroup below the mount, as in the launch record.
 
         Raises:
-            OSError: it cannot be created.
+            OSError: the cgroup cannot be created.
         """
         folder = self._folder(cgroup)
         folder.mkdir(exist_ok=True)

@@ -71,8 +71,8 @@ def prepare(
         rest: where the shim saves output that the service has not saved; None: such output is lost.
 
     Raises:
-        LaunchFailed: not found, not executable, or refused by the system.
-        LaunchDelayed: refused for a lack of descriptors, processes or memory.
+        LaunchFailed: the program is not found or not executable, or the system refused the launch.
+        LaunchDelayed: the system refused the launch for a lack of descriptors, processes or memory.
     """
     if read_proc(os.getpid()) is None:
         raise LaunchFailed("a launch needs /proc to record the new process")

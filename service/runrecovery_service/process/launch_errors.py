@@ -8,7 +8,7 @@ from typing import Final
 from runrecovery_service.lazy_dataclass import dataclass
 
 TRANSIENT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
-"""System errors for a lack of descriptors, processes or memory, which others may free soon."""
+"""System errors for a lack of descriptors, processes or memory. Other programs can free these."""
 
 
 @dataclass(eq=False)

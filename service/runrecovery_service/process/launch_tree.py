@@ -36,7 +36,7 @@ class PinnedProcess:
     Attributes:
         member: the process, and the marker by which it belongs to its launch.
         proved: a marker of the launch was read while the pidfd was open.
-        sent: the signals that it was sent.
+        sent: the signals that were sent to the process.
         barred: the kernel refused to let this user signal the process.
     """
 

@@ -145,7 +145,7 @@ class MarkerIndex:
             yield self._launch_of_cgroup(procfs.cgroup(proc.pid)), Proof.CGROUP
 
     def _launch_of_cgroup(self, path: str) -> int | None:
-        """Return the launch whose cgroup is `path` or a parent of it: agents may make cgroups."""
+        """Return the launch whose cgroup is `path` or above it. Agents can make cgroups below."""
         while path and path != "/":
             if path in self._cgroups:
                 return self._cgroups[path]

@@ -41,7 +41,7 @@ class Processes(Protocol):
     def end_trees(
         self, launches: Sequence[LaunchMarkers], *, why: str, grace_s: float, deadline_s: float
     ) -> Mapping[int, Ending]:
-        """End the trees of launches. See `process.sweep.end_trees`."""
+        """End the trees of launches. See `process.tree_ending.end_trees`."""
         ...
 
     def find(self, pid: int) -> Proc | None:

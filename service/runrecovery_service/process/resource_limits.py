@@ -10,7 +10,7 @@ from runrecovery_service.process.pipe_size import LARGEST_BYTES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceLimits:
-    """The resources that an agent may use. None: the service sets no limit.
+    """The limits of an agent's resources. The service sets no limit for an attribute of None.
 
     Attributes:
         niceness: added to the service's own, 0 to 19.

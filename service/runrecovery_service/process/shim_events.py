@@ -40,7 +40,7 @@ class Exited:
     Attributes:
         code: its exit code, negative for the signal that killed it.
         user_us, system_us: processor time of the process and of the children that it waited for.
-        max_rss_kib: the most memory that one of them used at one time.
+        max_rss_kib: the most memory that one of these processes used at one time.
     """
 
     code: int

@@ -20,7 +20,7 @@ import os
 RELEASE = b"go"
 DONE, LEFT = b"done", b"left"
 """Lines of the gate. `done`: the service needs no more output of the agent. `left`: the service
-reads no more, and the shim keeps the rest of the output. A gate that closes without `done` means
+reads no more, and the shim saves the rest of the output. A gate that closes without `done` means
 `left`. A shim with a file for the rest exits only after one of these lines."""
 NEVER_RAN = 125
 """The shim's exit code if the gate closed or the deadline passed before the agent's release."""

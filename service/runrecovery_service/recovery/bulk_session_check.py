@@ -1,6 +1,6 @@
 """Checks in bulk which sessions of agents can still be resumed.
 
-A check reads files, and the file system may not answer. Each bulk therefore has a time limit.
+A check reads files, and a file system does not always answer. Each bulk therefore has a time limit.
 Sessions without a result at the limit get the finding `not_answered`, and the engine's check is not
 called again.
 """

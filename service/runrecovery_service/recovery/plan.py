@@ -1,7 +1,7 @@
 """Previews the decisions of a restart at this moment, without changing anything.
 
 The rows are read in one snapshot. Sessions and kept output are read after the snapshot is closed,
-because no transaction may wait for a file system that may not answer.
+because a transaction must not wait for a file system, which does not always answer.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ if TYPE_CHECKING:  # not imported where traces are off
 log = structlog.get_logger()
 
 TRUST_S: Final = 10.0
-"""Time limit for the files of agent CLIs, in seconds. A sweep removes the rest while the service
-runs."""
+"""Time limit for removing trust entries from the files of agent CLIs, in seconds. A sweep removes
+the entries that are left while the service runs."""
 DECISIONS_LOGGED: Final = 1000
 """The most decisions of one recovery that are logged. The history has all decisions."""
 
@@ -427,7 +427,7 @@ class Recovery:
     # -- deadlines -----------------------------------------------------------------------------
 
     def _rearm_deadlines(self, db: Database, report: ReportBuilder) -> None:
-        """Convert deadlines to the present clock, because machine or boot may have changed."""
+        """Convert deadlines to the present clock. They can be of another machine or boot."""
         count = passed_deadlines.move_to_clock(
             db, self.owner, now=self.clock.now(), steady=self.clock.steady()
         )

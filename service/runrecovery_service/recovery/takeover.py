@@ -81,7 +81,7 @@ class TakeoverLoop:
     async def stop(self) -> None:
         """Stop the searches. Interrupt a takeover that is under way; a later search continues it.
 
-        A search is cancelled at once, because the database may not answer.
+        A search is cancelled at once, because the database does not always answer.
         """
         await (self._loop.finish() if self._is_deciding else self._loop.cancel())
 

@@ -49,7 +49,7 @@ class RunFiles:
         self._runs = runs
 
     def remove(self, kind: RetentionKind, key: int) -> None:
-        """Move the files of this kind from the folder of a run into `.removed`, if it has any.
+        """Move the files of this kind, if there are any, from the folder of a run into `.removed`.
 
         Raises:
             OSError: the system refuses the move.

@@ -38,7 +38,7 @@ log = structlog.get_logger()
 R = TypeVar("R")
 
 FIRST_SWEEP_S: Final = 10.0
-"""From SERVING to the first sweep: the launches of a start come first, and a service that is
+"""Time from SERVING to the first sweep. The launches of a start come first, but a service that is
 restarted every minute still sweeps."""
 SWEEP_INTERVAL_S: Final = 60.0
 BATCH: Final = 100
@@ -53,7 +53,8 @@ PAGES: Final = 256
 """How many free pages of a SQLite file are kept for new rows, and how many one transaction returns
 to the file system."""
 GIVE_BACK_S: Final = 15.0
-"""How long a sweep returns pages, including its pauses, before it leaves the rest to the next."""
+"""How long a sweep returns pages, including its pauses, before it leaves the rest to the next
+sweep."""
 WHOLE_EVERY: Final = 60
 """The number of sweeps after which the search for parts begins at the oldest run again, because a
 run that was kept can be removable by now. All other sweeps continue where the previous one ended.

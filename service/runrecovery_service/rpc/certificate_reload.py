@@ -28,7 +28,7 @@ from runrecovery_service.rpc.certificates import (
 )
 
 RETRY_S: Final = 5.0
-"""How often unchanged files that were refused are tried again: a certificate may become valid."""
+"""How often unchanged files that were refused are tried again: a certificate can become valid."""
 
 log = structlog.get_logger()
 
@@ -78,7 +78,7 @@ class ServerTls:
         )
 
     def present(self) -> Certificate:
-        """Return the content of the files that is in use now. Call it in a thread: it may block."""
+        """Return the content of the files that is in use now. Call it in a thread: it can block."""
         with self._lock:
             self._follow_files()
             return self._found

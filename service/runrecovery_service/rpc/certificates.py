@@ -30,7 +30,7 @@ class TlsFiles:
     """The PEM files of a server.
 
     Attributes:
-        certificate: its certificate, followed by the intermediate ones.
+        certificate: the certificate of the server, followed by the intermediate certificates.
         key: the private key of the certificate, without a password.
         client_ca: certificates that sign the certificates of clients. None: clients need none.
     """

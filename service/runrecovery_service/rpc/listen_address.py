@@ -64,7 +64,7 @@ class ListenAddress(ABC):
     def check_bindable(self) -> None:
         """Bind the address and release it at once, to see whether the real bind could succeed.
 
-        A start checks this before it claims anything. The real bind may still fail.
+        A start checks this before it claims anything. The real bind can still fail.
 
         Raises:
             ListenFailed: the address does not exist, is taken, or is not permitted.

@@ -41,10 +41,10 @@ class ContractMethod:
     """A method of the contract, wrapped. gRPC and HTTP call the same `handle`.
 
     Attributes:
-        path: `runrecovery.v1.RunService/GetRun`.
+        path: the full name, for example `runrecovery.v1.RunService/GetRun`.
         is_read: the contract marks the method as free of side effects.
         is_stream: `handle` writes its responses to the context, and returns None.
-        may_call: returns whether `handle` would admit the caller, before there is a request.
+        may_call: returns whether `handle` would admit the caller. It needs no request.
     """
 
     path: str

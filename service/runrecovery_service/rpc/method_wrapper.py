@@ -62,8 +62,9 @@ class MethodWrapper:
     """Wraps methods with admission, limits, and the conversion of errors.
 
     Args:
-        max_calls: concurrent unary calls; methods with access ALWAYS are not counted.
-        max_streams: concurrent streams; they are mostly idle, so they have their own limit.
+        max_calls: the most concurrent unary calls; methods with access ALWAYS are not counted.
+        max_streams: the most concurrent streams; they are mostly idle, so they have their own
+            limit.
         stall_s: seconds after which a stream is closed if its reader has taken nothing.
         guard: admits callers; None: everyone may call everything.
         meter: counts and times calls; None: metrics are off.

@@ -201,8 +201,8 @@ class RunService:
         """Raise SessionNotResumable if the session check finds the session lost.
 
         A run that is not reopenable is not checked here: the write refuses it with the
-        right reason. The session of another instance's run may be on another host: its next
-        turn checks it there.
+        right reason. The session of another instance's run can be on another host: the run's next
+        turn checks the session there.
         """
         run, handle = found.run, supplied or found.handle
         rule = None if run.recovery is None else run.recovery.recovery_reason

@@ -41,7 +41,7 @@ class ServerLimits:
         handshake_s: a connection without a finished handshake is closed after this many seconds.
         calls_per_connection: calls and streams of one connection at one time. None: computed from
             the limit of streams.
-        max_age_s: every connection is closed after this many seconds. None: it may stay.
+        max_age_s: every connection is closed after this many seconds. None: connections stay open.
     """
 
     max_concurrent_calls: int

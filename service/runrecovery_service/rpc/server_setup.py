@@ -40,7 +40,7 @@ class Contract:
     """The methods of the contract. All servers share their limits, callers and counts.
 
     Attributes:
-        methods: by path, `runrecovery.v1.RunService/GetRun`.
+        methods: the methods by path, for example `runrecovery.v1.RunService/GetRun`.
         calls: the calls in progress, of every server.
     """
 

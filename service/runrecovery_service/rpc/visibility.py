@@ -17,7 +17,7 @@ def visible_engines() -> frozenset[str] | None:
 
 
 async def demand_visible(storage: Storage, run_id: str) -> None:
-    """Raise RunNotFound for a run that the caller may not see. Reads nothing if all are visible."""
+    """Raise RunNotFound for a run that is hidden from the caller. Reads nothing if none is."""
     caller = CALLER.get()
     if caller.engines is not None:
         found = await storage.read_row(runs.get, run_id)

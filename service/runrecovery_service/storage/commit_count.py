@@ -3,7 +3,7 @@
 If the log of a database is removed, SQLite opens the database without the commits in the log, and
 reports no error. Every transaction that changes a row therefore increments a counter in the store.
 After the commit and before the acknowledgement, the counter is written into a marker file next to
-the store. After a crash the file may be behind the store, but never ahead.
+the store. After a crash the file can be behind the store, but never ahead.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class CommitMarker:
     def write(self, commits: int) -> None:
         """Write the number, unless the file has a higher one.
 
-        The file is not synced, because it may be behind the store. An error is ignored: the commit
-        is durable. At worst a later start notices fewer missing commits.
+        The file is not synced, because it is allowed to be behind the store. An error is ignored:
+        the commit is durable. At worst a later start notices fewer missing commits.
         """
         with self._lock, contextlib.suppress(OSError):
             if commits > self._written:

@@ -238,8 +238,9 @@ class Database:
 
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:
-        # All savepoints have one name, which may nest. With peewee's new name for each, the driver
-        # would prepare a new statement each time, and drop a cached one of the service.
+        # All savepoints have one name, because savepoints of one name can be nested. With peewee's
+        # new name for each, the driver would prepare a new statement each time, and drop a cached
+        # one of the service.
         self.peewee.execute_sql("SAVEPOINT inner_step")
         before = self._changes()
         try:

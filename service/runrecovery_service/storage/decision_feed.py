@@ -124,7 +124,7 @@ def decisions_after(
 ) -> FeedPage:
     """Return the decisions after a cursor that match the filter.
 
-    At most `limit` decisions are read. The page may be empty although `more` is True.
+    At most `limit` decisions are read. The page can be empty although `more` is True.
     """
     rows = db.fetch_all(
         _DECISIONS_AFTER, (cursor.report, cursor.run, _last_readable_report(db), limit)

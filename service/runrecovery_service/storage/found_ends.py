@@ -49,8 +49,8 @@ class OpenTurn:
         session: the session of the run; its handle is a secret.
         boot_id: the boot of the machine during which the process was launched.
         shim: pid and start time of its shim, the latter in clock ticks since the boot.
-        session_timeout_s: how long a question of the run may wait; None: as the engine's setting
-            says.
+        session_timeout_s: how many seconds a question of the run waits at most; None: the engine's
+            setting applies.
         session_usage: the usage that processes of the session had reported before this turn.
         budget: the most that the run may use.
         used_before: the usage of the run before this turn.

@@ -113,7 +113,7 @@ def claim(db: Database, boot: InstanceStart, *, now: datetime, ttl_s: float = LE
 
     On SQLite, the epoch is above the epochs of all instances, because the service adopts their
     runs. A lease that has not ended is ignored, because the lock on the file proves that its holder
-    is dead. Such a lease may end in years, if the clock was once ahead.
+    is dead. Such a lease can end in years, if the clock was once ahead.
 
     On PostgreSQL, a lease that has not ended is ignored only if its holder had locked the same file
     as this start, which proves that the holder is dead. Equal host names prove nothing, because

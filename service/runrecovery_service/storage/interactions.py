@@ -65,7 +65,7 @@ def reply(
 
     A resumable run becomes QUEUED for its next turn. A sticky run becomes RUNNING. If the same
     reply is already recorded, the run is returned unchanged. The reply is announced again, because
-    the turn may have missed it. On PostgreSQL the run may belong to another instance, which then
+    the turn may have missed it. On PostgreSQL the run can belong to another instance, which then
     passes the reply to the agent.
 
     Raises:

@@ -156,8 +156,7 @@ _PASSED: Final = " UNION ALL ".join(
 def find(db: Database, owner: Owner, *, steady: SteadyTime, limit: int) -> list[PassedDeadline]:
     """Return at most `limit` passed deadlines of each kind, each kind in order of time.
 
-    Deadlines of another clock are included (`is_of_clock` is False), although they may not have
-    passed.
+    Deadlines of another clock are included (`is_of_clock` is False), even if they have not passed.
     """
     rows = db.fetch_all(_PASSED, (owner.instance, steady.us, limit) * len(_COLUMNS))
     return [

@@ -14,8 +14,8 @@ from runrecovery_service.required_threads import start_thread
 
 AFTER_STOP_S: Final = 0.5
 AFTER_CRASH_S: Final = 10.0
-"""Time limits of the search. `quick_check` reads some 0.5 GB per second if the file is in
-memory."""
+"""Time limits of the search, after a planned stop and after a crash. SQLite's `quick_check` reads
+some 0.5 GB per second if the file is in memory."""
 REPEAT_S: Final = 0.05
 """Seconds between two interruptions. They are repeated, because an interruption between two
 statements has no effect."""

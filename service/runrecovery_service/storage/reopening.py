@@ -115,13 +115,13 @@ def reopen(
     """Reopen a failed run, with new deadlines.
 
     The run becomes WAITING_USER with its question open, or QUEUED if its reply had been accepted. A
-    run that the same request has already reopened is returned unchanged. On PostgreSQL the run may
+    run that the same request has already reopened is returned unchanged. On PostgreSQL the run can
     belong to another instance, which converts the new deadlines to its own clock.
 
     Args:
         handle: the session handle to resume with; None: the kept one.
         session_type_of: returns the type of an engine's handles, for a run without a recorded type.
-        wait_s_of: returns how many seconds a question of the run may wait.
+        wait_s_of: returns how many seconds a question of the run waits at most.
 
     Raises:
         RunNotFound, RunOfAnotherInstance, RunQuarantined, RunNotReopenable, SessionNotResumable,

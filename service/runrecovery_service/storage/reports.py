@@ -144,8 +144,8 @@ def write_report(db: Database, key: int, report: Reconciliation) -> None:
     """Write the current state of a report. Runs in the caller's transaction if there is one.
 
     Raises:
-        StorageBusy: another instance has closed the report, because this instance seemed dead. No
-            further decisions may be recorded under this report.
+        StorageBusy: another instance has closed the report, because this instance seemed dead.
+            Record no further decisions under this report.
     """
     with db.transaction():
         written = db.execute(

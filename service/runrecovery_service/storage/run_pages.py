@@ -55,8 +55,8 @@ def _reads_index(wanted: RunFilter, engines: int) -> bool:
     """Return whether a page is read fastest by the index of engines.
 
     With one engine it is: the index has fewer runs to read than the table. With several engines and
-    a status it may not be. If one engine has many runs but none with the status, all of its runs
-    would be read, although another engine fills the page.
+    a status, the table can be faster. If one engine has many runs but none with the status, the
+    index would lead to all of its runs, although another engine fills the page.
     """
     if wanted.labels or engines > ENGINES_MERGED:
         return False

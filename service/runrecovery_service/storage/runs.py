@@ -300,7 +300,7 @@ def change(
         event: the event to record; None: the event of the new status, if there is one.
         about: the interaction_id that the event is about.
         caller: the name of the caller that causes the event; None: no named caller does.
-        by_caller: whether a caller requests the change. On PostgreSQL the run may then belong to
+        by_caller: whether a caller requests the change. On PostgreSQL the run can then belong to
             another instance, which keeps it.
 
     Raises:
@@ -419,7 +419,7 @@ def cancel(
 
     A run without a process becomes CANCELED at once. A run with a process becomes CANCELED when the
     process has ended. A repeated cancel is announced again, because the turn may have missed the
-    first. On PostgreSQL the run may belong to another instance, which then ends the process.
+    first. On PostgreSQL the run can belong to another instance, which then ends the process.
 
     Raises:
         RunNotFound, RunAlreadyTerminal, RunQuarantined, EtagMismatch, RequestIdReused.

@@ -20,7 +20,7 @@ class StoredSession:
     """The session with which a run would be resumed. `handle` is a secret.
 
     Attributes:
-        fingerprint: of the session file at the time of the latest question; None: not recorded.
+        fingerprint: size and time of the session file at the latest question; None: not recorded.
         finding: the result of the latest check; None: not checked.
         in_turn: whether the run will resume an interrupted turn, not continue after a question.
     """

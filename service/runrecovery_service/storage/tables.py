@@ -424,7 +424,7 @@ class TrustEntry(pw.Model):
 class RequestReceipt(pw.Model):
     """The proof that a request was carried out, committed with its effect.
 
-    `owner` is the instance of the run. The receipt may exist longer than the run.
+    `owner` is the instance of the run. The receipt can exist longer than the run.
     """
 
     request_id = pw.TextField(primary_key=True)

@@ -1,7 +1,7 @@
 """Runs typical statements for the health check, and rolls their changes back.
 
 A successful renewal of the lease proves little, because its row is on one page of a SQLite file. A
-damaged page elsewhere may make it impossible to take any run from the queue.
+damaged page elsewhere can make it impossible to take any run from the queue.
 """
 
 from __future__ import annotations

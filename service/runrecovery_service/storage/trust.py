@@ -185,7 +185,7 @@ def record_entry(
     """Record an entry, or update the row of the same entry.
 
     Raises:
-        Fenced: this epoch may no longer launch the run.
+        Fenced: this epoch is no longer allowed to launch the run.
     """
     with db.transaction():
         found = db.fetch_one(

@@ -15,7 +15,7 @@ OTLP are much smaller."""
 class CollectorSession(requests.Session):
     """Sends requests to the collector, without proxies and passwords of the environment.
 
-    Only the status of an answer counts. Its body may be cut, or never end.
+    Only the status of an answer counts. The body can be cut off, or can have no end.
     """
 
     def __init__(self, limit_s: float) -> None:

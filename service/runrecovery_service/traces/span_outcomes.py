@@ -81,7 +81,7 @@ class SpanOutcomes:
     def note_taken(self, count: int) -> None:
         """Count spans that the sending thread has taken from the queue.
 
-        The queue shrinks a moment before this call. A span that another thread ends in between may
+        The queue shrinks a moment before this call. A span that another thread ends in between can
         be counted as lost, although the queue keeps it.
         """
         with self._lock:

@@ -13,7 +13,7 @@ from runrecovery_service.trust.errors import FolderUnusable, TrustFileUnusable, 
 
 
 class Made(Enum):
-    """A container of the entry that the service created."""
+    """A container of a trust entry. A record lists the containers that the service has created."""
 
     FILE = "file"
     DOCUMENT = "document"
@@ -112,7 +112,7 @@ class Removal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removals:
-    """The new content of the file, and the outcome for each folder."""
+    """The new content of the file, as in `Removal`, and the outcome for each folder."""
 
     text: bytes | None
     outcomes: Mapping[str, Outcome]

@@ -191,7 +191,7 @@ class JsonEditor:
         return frozenset(levels[depth:])
 
     def _emptied_from(self, trail: _Trail, added: Added) -> int:
-        """Return the depth of the outermost member that has only our entry and may be removed."""
+        """Return the depth of the outermost member that has only our entry and can be removed."""
         levels = (Made.PROJECTS,) * len(self.before) + (Made.FOLDER,) * len(self.after)
         depth = trail.depth
         while depth > 0 and levels[depth - 1] in added.made:

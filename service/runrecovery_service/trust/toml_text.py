@@ -132,7 +132,7 @@ def _loads(body: str) -> Table:
 
 
 def _place(error: ValueError) -> str:
-    """Return the position of the error. The message itself may quote the file."""
+    """Return the position of the error. The error's own message can quote the file."""
     found = re.search(r"\(at (.*)\)", str(error))
     return f"at {found[1]}" if found else "a number too large"
 

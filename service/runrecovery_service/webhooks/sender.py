@@ -41,8 +41,8 @@ LOOK_PAUSE_S: Final = 0.1
 """The shortest pause between two queries for runs with due deliveries."""
 POLL_S: Final = 30.0
 SHARED_POLL_S: Final = 3.0
-"""`POLL_S` for a shared store. There other instances may record events of this instance's runs, and
-hints of them may be lost."""
+"""`POLL_S` for a shared store. There other instances can record events of this instance's runs, and
+the hints about these events can be lost."""
 STORE_PAUSE_S: Final = 1.0
 """The pause after a failed query."""
 TIDY_S: Final = 600.0
