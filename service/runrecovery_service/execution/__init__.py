@@ -1,1 +1,1 @@
-"""Executes runs while the service serves: takes them from the queue, launches, supervises, ends."""
+"""Executes runs while the service serves: takes runs from the queue, and supervises their turns."""

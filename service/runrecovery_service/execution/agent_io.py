@@ -1,12 +1,12 @@
-"""The pipes of one process: parses its lines, and keeps its output without secrets.
+"""The pipes of one process: parses its lines, and stores its output without secrets.
 
 Everything that the process and its shim report becomes an event in a queue, in the order of
 arrival.
 
 Standard output is read at once, even while the parser or the store is busy. Otherwise the pipe
 would fill up, and some agent CLIs exit without writing the rest of their output to a full pipe. The
-output waits in a backlog until it is parsed. The shim can read this memory too, so that no output
-is lost when the service is killed.
+output waits in a backlog until it is parsed. The shim can read the memory of the backlog too, so
+that no output is lost when the service is killed.
 """
 
 from __future__ import annotations
@@ -42,29 +42,28 @@ second."""
 STDERR_TAIL_BYTES: Final = 2000
 UTF8_CONTINUATION: Final = bytes(range(0x80, 0xC0))
 OVERTIME_BYTES: Final = 16 << 20
-"""How much output is still parsed after a deadline. There is a limit because a descendant may write
-for ever."""
+"""How much output is still parsed after a deadline. There is a limit because a descendant of the
+agent can write for ever."""
 BACKLOG_BYTES: Final = 4 << 20
-"""How much output of one process may wait to be parsed. If there is more, the pipe is not read, and
-the process waits."""
+"""How much output of one process can wait to be parsed. With more, the pipe is not read, and the
+process waits."""
 UNTAKEN_BYTES: Final = 1 << 20
 UNTAKEN_EVENTS: Final = 1000
-"""How many bytes of lines, and how many events, are parsed ahead of the supervisor, which may be
-waiting for the store."""
+"""How many bytes of lines, and how many events, are parsed ahead of the supervisor, which is
+sometimes waiting for the store."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class AgentIO:
-    """Reads, parses and keeps what one process prints, and writes to its input.
+    """Reads, parses and stores what one process prints, and writes to the input of the process.
 
     Attributes:
         listener: parses the lines of this process.
         max_line_bytes: the longest line that the protocol allows.
         events: the queue of events for the supervisor.
         threads: the pool for blocking work.
-        log: the log of the turn, whose run determines the files of the output.
-        journal: the launch's journal, in which a record is written once all of standard output is
-            kept.
+        log: the log of the turn. The run of this turn determines the output files.
+        journal: the journal of the launch. It gets a record once all of standard output is stored.
     """
 
     process: ShimmedProcess
@@ -95,7 +94,7 @@ class AgentIO:
     def stderr_tail(self) -> str:
         """The last part of the process's standard error, without secrets."""
         tail = self._stderr_tail
-        if len(tail) == STDERR_TAIL_BYTES:  # the tail may begin inside a character
+        if len(tail) == STDERR_TAIL_BYTES:  # the tail can begin inside a character
             tail = tail.lstrip(UTF8_CONTINUATION)
         return tail.decode("utf-8", "replace").replace("\0", "").strip()
 
@@ -103,7 +102,7 @@ class AgentIO:
         """Return whether output is still unread or unparsed.
 
         If so, the supervisor gives the agent more time, because the service is what reads slowly.
-        After `OVERTIME_BYTES` of this output, return False.
+        Once `OVERTIME_BYTES` were parsed since the first call, return False.
         """
         if self._overtime_from is None:
             self._overtime_from = self._parsed_bytes
@@ -124,7 +123,7 @@ class AgentIO:
         return True
 
     async def wait_until_input_read(self) -> bool:
-        """Wait until the process has read its input; return False if it closes the input unread."""
+        """Wait until the process has read its input. Return False if it closes the input unread."""
         return await wait_until_read(self.process.stdin.fileno())
 
     def close_input(self) -> None:
@@ -170,7 +169,7 @@ class AgentIO:
         )
 
     async def _take_lines(self, lines: list[bytes], *, end: bytes = b"\n") -> None:
-        """Keep the lines, and then put their events into the queue."""
+        """Store the lines, and then put their events into the queue."""
         longest = max(self.listener.buffered_bytes, *map(len, lines))
         if longest > LONG_LINE_BYTES:
             parsed = await run_blocking(self.threads, lambda: [self._parse(line) for line in lines])
@@ -201,7 +200,7 @@ class AgentIO:
             self._parsed_bytes += len(data)
             text = self.listener.redact(self._stderr_held + data)
             end = max(len(text) - max(self.listener.max_secret_bytes - 1, 0), 0)
-            self._stderr_held = text[end:]  # a secret may arrive in two pieces
+            self._stderr_held = text[end:]  # a secret can arrive in two pieces
             await self._keep_stderr(text[:end])
             self._is_keeping = False
         held, self._stderr_held = self._stderr_held, b""
@@ -209,11 +208,11 @@ class AgentIO:
         self.events.put_nowait(Signal.STDERR_ENDED)
 
     async def take_unfinished_line(self) -> Sequence[TurnEvent]:
-        """Keep and parse the last line of an agent that has exited, if the line has no newline.
+        """Store and parse the last line of an agent that has exited, if the line has no newline.
 
         Returns:
-            The events of the line; none if it cannot be parsed, because it may be half a line of a
-                child that still writes to the pipe.
+            The events of the line. If the line cannot be parsed, there are none, because it can be
+                half a line of a child that still writes to the pipe.
         """
         line = b"".join(self._line_start)
         if not line:
@@ -224,7 +223,7 @@ class AgentIO:
         return [event for event in events if not isinstance(event, ProtocolBroken)]
 
     async def keep_held_stderr(self) -> None:
-        """Keep the end of standard error, which was held back in case it began a secret."""
+        """Store the end of standard error, which was held back as it could begin a secret."""
         await self._keep_stderr(self._stderr_held)
 
     async def _keep_stderr(self, text: bytes) -> None:
@@ -233,7 +232,7 @@ class AgentIO:
             append = partial(self._append, OutputChannel.STDERR, text)
             await self._keep(OutputChannel.STDERR, append)
         for message in self.listener.hear_stderr(text.decode("utf-8", "replace")):
-            if self.events.qsize() <= UNTAKEN_EVENTS:  # the supervisor may wait for the store
+            if self.events.qsize() <= UNTAKEN_EVENTS:  # the supervisor can be waiting for the store
                 self.events.put_nowait(message)
 
     async def _keep_stdout(self, data: bytes) -> None:
@@ -248,7 +247,7 @@ class AgentIO:
             self.log.output_lost(channel=channel.value, error=error.strerror)
 
     def _append_stdout(self, data: bytes, upto: int) -> None:
-        """Append to the output file and record this in the spool, even if the task is cancelled."""
+        """Append to the output file, and record in the spool that data up to `upto` is stored."""
         size: int | None = None
         try:
             size = self._append(OutputChannel.STDOUT, data)
@@ -275,7 +274,7 @@ class AgentIO:
         self._kept_to = size
 
     async def _record_kept(self) -> None:
-        """Record that all of standard output is kept, so that a restart can find a result in it."""
+        """Record that all standard output is stored, so that a restart can find a result in it."""
         begin, end = self._kept_from, self._kept_to
         if begin is None or end is None or not self._is_all_kept:
             return

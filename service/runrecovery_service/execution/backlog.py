@@ -28,11 +28,11 @@ class Backlog:
 
     @property
     def taken_to(self) -> int:
-        """The offset in the spool of the next byte to be taken."""
+        """The offset in the spool of the next byte that `take` will return."""
         return self._taken_to
 
     async def fill(self, pipe: int) -> bool:
-        """Add the bytes in a pipe, and wait until there is room for more; False at its end."""
+        """Add the bytes in a pipe, and wait for room for more. Return False at the pipe's end."""
         is_open = bool(await read_by(pipe, self._spool.fill))
         self._has_ended = not is_open
         self._has_news.set()

@@ -14,13 +14,13 @@ from runrecovery_service.process.launch_errors import LaunchFailed
 
 VERSION_TIMEOUT_S: Final = 60.0
 _VERSION: Final = re.compile(r"^(\d{1,9})\.(\d{1,9})\.(\d{1,9})\S* \(Claude Code\)$", re.MULTILINE)
-"""The version line of Claude Code. A wrapper may print other versions before it."""
+"""The version line of Claude Code. A wrapper can print other versions before this line."""
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
     """Write the files that a launch needs, in folders of mode 0700.
 
-    A repeated launch writes them again, which is safe because no process has read them.
+    A repeated launch writes the files again, which is safe because no process has read them.
     """
     for path, content in files.items():
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -34,8 +34,8 @@ def demand_version(
 ) -> None:
     """Raise LaunchFailed unless `command --version` reports at least this version. Blocking.
 
-    The environment of the process has the cookie of the launch. If the service is killed meanwhile,
-    the next start can therefore find and kill the process.
+    The environment of the process has the launch's cookie, a marker. If the service is killed
+    meanwhile, the next start can therefore find and kill the process.
     """
     needed = ".".join(map(str, least))
     found = _version_of(command, cwd=cwd, env=env)

@@ -1,7 +1,7 @@
 """Carries out the deadlines of runs: of waits, whole runs, pauses, and sessions kept for ReopenRun.
 
-Deadlines are stored, so that a restart forgets none. Deadlines that passed while the service was
-down are carried out right after its start.
+Deadlines are stored, so a restart forgets none. Those that passed while the service was down are
+carried out right after its start.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from runrecovery_service.storage.passed_deadlines import PassedDeadline
 log = structlog.get_logger()
 
 CHECK_INTERVAL_S: Final = 0.25
-"""Pause between two checks, and so the longest time by which a deadline is carried out late."""
+"""Pause between two checks, by which a deadline can be carried out late."""
 PER_CHECK: Final = 500
 _TOGETHER: Final = {
     DueKind.RESUME: passed_deadlines.end_pauses,
     DueKind.REOPEN: passed_deadlines.end_reopening,
 }
-"""The deadlines that only change rows, so that one write carries out many. Deletion comes last."""
+"""Deadlines that only change rows, so that one write carries out many of one kind. The kind that
+deletes data comes last."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -64,18 +65,18 @@ class Deadlines:
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop the checks. Writes that the store already has may still be committed."""
+        """Stop the checks. The store can still commit writes that it already has."""
         await self._loop.cancel()
 
     async def check(self) -> None:
-        """Carry out all passed deadlines concurrently, so that they share commits."""
+        """Carry out passed deadlines concurrently, so that their writes share commits."""
         found = await self.storage.read_row(
             passed_deadlines.find,
             self.owner,
             steady=self.clock.steady(),
             limit=PER_CHECK,
         )
-        if not all(one.is_of_clock for one in found):  # a peer has reopened a run
+        if not all(one.is_of_clock for one in found):  # a peer on another clock has reopened a run
             await self.storage.write_own(
                 passed_deadlines.move_to_clock,
                 self.owner,

@@ -1,4 +1,4 @@
-"""Gives free slots to queued runs, in the order of the queue, and launches them."""
+"""Gives free slots to queued runs, in the order of the queue, and starts their turns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FINISH_S: Final = 5.0
 CHECK_INTERVAL_S = 5.0
 """The longest time between two checks of the queue. A change causes a check at once."""
 SHARED_CHECK_INTERVAL_S: Final = 1.0
-"""The longest time between two checks on a shared store, where changes by peers cause no check."""
+"""The longest time between two checks on a shared store: changes by peers cause no check."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -37,9 +37,10 @@ class Dispatcher:
     """Launches queued runs while slots are free.
 
     Attributes:
-        capacity: the number of slots. The slots in use are the running turns, so none can leak.
-        failing_s: the seconds from the first to the last of the latest failed checks of the queue.
-            Their number would say little, because many changes cause many checks within a moment.
+        capacity: the number of slots. The slots in use are counted as running turns, so no slot can
+            leak.
+        failing_s: how long checks of the queue have been failing, in seconds. The number of failed
+            checks would say little, because many changes cause many checks within a moment.
     """
 
     queue: RunQueue
@@ -85,7 +86,7 @@ class Dispatcher:
         self._task = asyncio.create_task(self._work(self._changes), name="dispatcher")
 
     def check_queue(self) -> None:
-        """Check the queue at once, although nothing has changed."""
+        """Check the queue at once, even if no change of a run was announced."""
         if self._changes is not None:
             self._changes.wake()
 
@@ -103,8 +104,8 @@ class Dispatcher:
     async def detach(self) -> None:
         """Stop launching, and stop supervising.
 
-        Processes keep running, and no row is changed. Only the turns that are already ending are
-        recorded first, for at most `FINISH_S`.
+        Before that, wait at most `FINISH_S` for turns that are already ending to be recorded. All
+        other processes keep running, and their rows do not change.
         """
         self.pause()
         if ending := self.turns.ending_tasks:
@@ -121,7 +122,7 @@ class Dispatcher:
             supervisor.launch.leave_output()
 
     async def release(self) -> None:
-        """Detach, and reap the shims of process trees that a recovery has ended."""
+        """Call `detach`, and reap the shims of process trees that a recovery has ended."""
         await self.detach()
         for supervisor in self.turns.supervisors:
             gone = supervisor.launch.is_shim_gone
@@ -129,7 +130,7 @@ class Dispatcher:
         self.turns.clear()
 
     async def stop(self) -> None:
-        """Detach, and end every process tree that is still alive."""
+        """Call `detach`, and end every process tree that is still alive."""
         await self.detach()
         left = self.turns.supervisors
         if not left:
@@ -164,7 +165,7 @@ class Dispatcher:
                     self._is_take_in_doubt = True
                     self._note_failure()
                     self._failures.report(error)
-                except Exception:  # the task must survive, or nothing would be launched any more
+                except Exception:  # if this task ended, nothing would be launched any more
                     self._note_failure()
                     log.exception("execution.dispatch_failed")
                 await changes.next(
@@ -199,7 +200,9 @@ class Dispatcher:
         return self._is_taking and not self._is_held
 
     def _demand_new(self, turn: Turn) -> None:
-        """Check that no living process has the key of this turn's run, which also names its files.
+        """Check that no living process belongs to another run with the key of this turn's run.
+
+        The key also names the files of a run.
 
         Raises:
             RunGone: a run with a living process, or its launch, is missing in the store.
@@ -210,7 +213,7 @@ class Dispatcher:
                 raise RunGone(f"run {living.run.run_id!r}, whose process lives,")
 
     async def _give_back(self) -> None:
-        """Requeue runs that were taken by a commit that seemed to have failed."""
+        """Requeue runs that were taken from the queue by a commit whose answer was lost."""
         count = await self.queue.give_back(self.turns.cookies)
         self._is_take_in_doubt = False
         if count:

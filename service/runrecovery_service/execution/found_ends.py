@@ -1,8 +1,8 @@
 """Finds the result or question of a turn that had ended before the service could record it.
 
-The kept output is parsed by the same dialect and the same rules as the output of a living process.
-An end counts only if three conditions are proved. The shim has recorded that the agent exited with
-0. It is recorded that all of the output was kept. The machine has not been booted since.
+The stored output is parsed by the same dialect and the same rules as the output of a living
+process. An end counts only under three conditions. The shim has recorded that the agent exited with
+0. A record says that all of the output was stored. The machine has not been booted since.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ log = structlog.get_logger()
 
 REREAD_BYTES: Final = 16 << 20
 REREAD_LINES: Final = 100_000
-"""The most bytes and lines of one turn's output that are parsed again, so that the start is not
-delayed. A line of a few bytes takes some 10 µs, a report of usage 50 µs."""
+"""The most bytes and lines of one turn's output that are parsed again, because parsing delays the
+start. A line of a few bytes takes some 10 µs, a report of usage 50 µs."""
 
 
 class NothingFound(Exception):
-    """The kept output does not prove how the turn ended."""
+    """The stored output does not show with certainty how the turn ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndFinder:
-    """Finds the ends of turns in the kept output.
+    """Finds the ends of turns in the stored output.
 
     Attributes:
         boot_id: the current boot of the machine.
@@ -65,7 +65,7 @@ class EndFinder:
     boot_id: str
 
     def find(self, turn: OpenTurn) -> FoundEnd | None:
-        """Return the end that a turn's kept output proves; None if it proves none. Blocking."""
+        """Return the end that a turn's stored output shows, or None if it is unclear. Blocking."""
         try:
             end, used = self._find(turn)
             wait_s = turn.session_timeout_s or self.catalog.get(turn.engine).session_timeout_s
@@ -83,7 +83,7 @@ class EndFinder:
         )
 
     def _find(self, turn: OpenTurn) -> tuple[Asked | Succeeded, TurnUsage | None]:
-        if turn.boot_id != self.boot_id:  # a crash of the machine may have lost the last output
+        if turn.boot_id != self.boot_id:  # a crash of the machine can have lost the last output
             raise NothingFound
         journal = self.workspaces.shim_journal(turn.run_key, turn.attempt, turn.turn)
         ended = read_end(journal, turn.shim)
@@ -98,7 +98,7 @@ class EndFinder:
 
 
 def kept_turn(workspaces: Workspaces, turn: OpenTurn) -> KeptTurn:
-    """Return the facts that are needed to parse the kept output of a turn."""
+    """Return the facts that are needed to parse the stored output of a turn."""
     session, place = turn.session, (turn.run_key, turn.attempt)
     return KeptTurn(
         handle=None if session is None else session.handle,

@@ -1,7 +1,7 @@
-"""Launches the process of one turn below a shim, and ends its tree.
+"""Launches the process of one turn below a shim, and ends the tree of this process.
 
-Each state of the launch record is committed before the step that it permits. The pipes of the
-process are handled in `agent_io.py`.
+A shim is the parent process that guards an agent. Each state of the launch record is committed
+before the step that the state permits. The pipes of the process are handled in `agent_io.py`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ DELAY_FIRST_S, DELAY_MOST_S = 0.1, 2.0
 """The first and the longest pause, in seconds, before a launch is tried again for which the system
 lacks resources."""
 LOST_SHIMS_MOST: Final = 5
-"""How many shims in a row may end at the gate before the launch fails. A shim that is killed, or
-gets no descriptor or memory, cannot report why it ends."""
+"""How many shims in a row can end while they wait to start the agent, before the launch fails. A
+shim that is killed, or gets no descriptor or memory, cannot report why it ends."""
 ENDING_DEADLINE_S: Final = 30.0
 """Time limit for ending one tree, after the grace. A tree that survives is recorded as
 KILL_PENDING."""
@@ -66,7 +66,7 @@ class LeaseOver(Exception):
 
 
 class Unguarded(Exception):
-    """The shim was killed while it started the agent, which may be alive."""
+    """The shim was killed while it started the agent. The agent is possibly alive."""
 
 
 class Withdrawn(Exception):
@@ -80,7 +80,7 @@ class Launcher:
     Attributes:
         threads: the pool for blocking work.
         cgroups: the parent of the cgroups of the launches; None if cgroups are not used.
-        environ: the service's environment, some of whose variables agents get.
+        environ: the environment of the service. Agents get some of its variables.
         cancel_grace_s: seconds between SIGTERM and SIGKILL.
         share: the open files and the pipe size that each agent gets.
         processes: spawns and ends the processes.
@@ -102,8 +102,8 @@ class Launcher:
         """End the trees of launches, and return the result of each by launch key. Blocking.
 
         Args:
-            why: the reason, for the log.
-            deadline_s: time limit after the grace.
+            why: why the trees are ended, for the log.
+            deadline_s: time limit in seconds, after `cancel_grace_s`.
         """
         return self.processes.end_trees(
             markers, why=why, grace_s=self.cancel_grace_s, deadline_s=deadline_s
@@ -115,7 +115,7 @@ class Launch:
     """One launch: call `start`, then `end_tree` and `release`, even if the start failed.
 
     Attributes:
-        markers: the markers of the launch's processes that are known so far.
+        markers: by which the processes of the launch are found; completed while it starts.
         prefilled: the number of bytes of the agent's input that were in its pipe before its start.
     """
 
@@ -136,14 +136,14 @@ class Launch:
     # -- while it runs -------------------------------------------------------------------------
 
     def heartbeat(self) -> None:
-        """Send the shim the time until which its tree may live."""
+        """Send the shim the time at which it must end its tree."""
         if self._process is not None:
             self._deadline_ns = self.launcher.tree_deadline.deadline_ns
             self._process.heartbeat(self._deadline_ns)
 
     @property
     def is_guarded(self) -> bool:
-        """Whether the shim can end its tree: it exists, and is not stopped by a signal."""
+        """Whether the shim can end its tree: the shim exists, and no signal has stopped it."""
         if self._process is None:
             return True
         shim = self.launcher.processes.find(self._process.pid)
@@ -159,17 +159,17 @@ class Launch:
         return shim is None or shim.dead
 
     def need_no_output(self) -> None:
-        """Tell the shim that no more output is needed, so that it may exit with its tree."""
+        """Tell the shim that no more output is needed, so that it can exit once its tree ends."""
         if self._process is not None:
             self._process.need_no_output()
 
     def leave_output(self) -> None:
-        """Stop reading, and leave the output that is not kept yet to the shim."""
+        """Stop reading, and leave the output that is not stored yet to the shim."""
         if self._process is not None:
             self._process.leave_output()
 
     def withdraw(self) -> None:
-        """End a shim that still waits at its gate, so that its agent never starts."""
+        """End a shim that still waits for permission to start the agent, so that none starts."""
         self.stop_waiting()
         if self._process is not None and not self._is_gate_open:
             self._process.close_gate()
@@ -204,7 +204,7 @@ class Launch:
     async def demand_wanted(self) -> None:
         """Raise Withdrawn if the run was ended meanwhile.
 
-        This reads the store, because a cancel may have been accepted before the turn had a
+        This reads the store, because a cancel was possibly accepted before the turn had a
         supervisor.
         """
         self._pause(0)
@@ -258,7 +258,7 @@ class Launch:
     async def _run_to_end(self, do: Callable[[], R]) -> R:
         """Run a step in a thread, and wait for its end even if the task is cancelled.
 
-        The caller that ends this launch must know everything that the thread has created.
+        The caller ends this launch, and for that needs everything that the thread has created.
         """
         step = asyncio.ensure_future(run_blocking(self.launcher.threads, do))
         try:
@@ -266,7 +266,7 @@ class Launch:
         except asyncio.CancelledError:
             self.stop_waiting()
             await asyncio.wait([step])
-            step.exception()  # nobody needs it; asyncio logs an error that nobody retrieves
+            step.exception()  # retrieved only because asyncio logs errors that are not retrieved
             raise
 
     def _environment(self, engine: Engine) -> dict[str, str]:
@@ -374,7 +374,7 @@ class Launch:
     async def _add_trust(self, cli: str, workspace: Path, env: Mapping[str, str]) -> None:
         """Make the CLI trust the workspace, before the agent starts.
 
-        While another program has the CLI's file locked, the launch waits instead of failing.
+        While another program has the CLI's trust file locked, the launch waits instead of failing.
 
         Raises:
             LaunchFailed: the CLI cannot be made to trust the workspace.
@@ -392,7 +392,7 @@ class Launch:
     async def _try_to_add_trust(
         self, cli: str, workspace: Path, env: Mapping[str, str]
     ) -> LaunchFailed | Withdrawn | TrustFileBusy | None:
-        """Try once to add the entry. Return None, or the failure.
+        """Try once to add the trust entry. Return None, or the failure.
 
         The failure is not raised, because the retry loop retries everything that is raised.
         """
@@ -463,7 +463,7 @@ class Launch:
         Call this after the tree has ended, because only an unreaped shim keeps its pid.
 
         Args:
-            gone: whether no process of the tree is left. If False, the shim is not reaped.
+            gone: whether no process of the tree is left. If not, the shim is not reaped.
         """
         process, lease = self._process, self.records.turn.launch
         if process is None:

@@ -29,7 +29,7 @@ class TreeDeadline:
     def is_ahead(self) -> bool:
         """Whether the deadline is in the future.
 
-        If not, the service was suspended, and its trees have ended.
+        If it is not, the service was suspended, and its process trees have ended.
         """
         return self.now_ns() < self.deadline_ns
 
@@ -39,7 +39,7 @@ class TreeDeadline:
         self._moved.set()
 
     async def wait_until_ahead(self) -> None:
-        """Wait until the deadline is in the future: a tree launched after it would end at once."""
+        """Wait until the deadline is in the future. A tree that is launched later ends at once."""
         while not self.is_ahead:
             self._moved.clear()
             await self._moved.wait()

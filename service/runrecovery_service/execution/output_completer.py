@@ -1,10 +1,10 @@
-"""Appends the last output of agents to the kept output of their turns.
+"""Appends the last output of agents to the stored output of their turns.
 
-When a service is killed, some output may be read but not kept, and some not read yet. The shim
+When a service is killed, some output can be read but not stored, and some not read yet. The shim
 saves this *rest* as a file of raw bytes. This module redacts the rest like the output of a living
-process, and appends it. The service may have been killed while it appended, so part of the rest may
-already be in the output file. The content of the file after the recorded position must therefore be
-a beginning of the redacted rest, and only the remainder is appended.
+process, and appends it to the output file. If the service was killed while it appended, the output
+file already has a part of the rest. The content of the output file after the recorded position must
+therefore be a beginning of the redacted rest, and only the remainder is appended.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from runrecovery_service.storage.launch_records import LaunchRecord
 log = structlog.get_logger()
 
 MOST_BYTES: Final = 32 << 20
-"""The most bytes of a rest. A shim never saves a larger one."""
+"""The most bytes that a shim saves as the rest of the output."""
 
 
 class NotComplete(Exception):
@@ -43,7 +43,7 @@ class OutputCompleter:
 
     Attributes:
         boot_id: the current boot of the machine. Rests of earlier boots are not used, because a
-            crash of the machine may have lost output.
+            crash of the machine can have lost output.
     """
 
     catalog: Catalog
@@ -62,13 +62,13 @@ class OutputCompleter:
             return False
 
     def complete(self, turn: OpenTurn) -> None:
-        """Append the rest of the output. A repetition appends nothing twice."""
+        """Append the rest of a turn's output. A second call appends nothing again."""
         try:
             size = self._complete(turn)
         except (NotComplete, HandleUnusable, UnknownEngine, OSError) as error:
             reason = str(error) if isinstance(error, NotComplete) else type(error).__name__
             log.warning("recovery.output_not_completed", run_id=turn.run_id, reason=reason)
-        except Exception as error:  # no output of an agent may prevent a start
+        except Exception as error:  # no output of an agent must prevent a start
             kind = type(error).__name__
             log.warning(
                 "recovery.output_not_completed", run_id=turn.run_id, reason=kind, exc_info=True
@@ -97,7 +97,7 @@ class OutputCompleter:
             whole = self.output.append(*place, OutputChannel.STDOUT, added) is not None
         if rest.at_end and rest.begin is not None and whole:
             record_kept(journal, turn.shim, begin=rest.begin, end=rest.kept + len(text))
-        path.unlink(missing_ok=True)  # only now: a crash before repeats this
+        path.unlink(missing_ok=True)  # last, so that the next start repeats this after a crash
         return len(added)
 
     def _present(self, turn: OpenTurn, begin: int, most: int) -> bytes:
@@ -112,8 +112,8 @@ class OutputCompleter:
     def _redacted(self, turn: OpenTurn, rest: RecordedRest, path: Path) -> bytes:
         """Return the rest without secrets.
 
-        An unfinished last line is kept only if the agent had ended by itself. If the agent was
-        killed, the line may have half of a secret, which cannot be recognized.
+        An unfinished last line is returned only if the agent had ended by itself. If the agent was
+        killed, the line can have half of a secret, which cannot be recognized.
         """
         with open(open_regular(path, os.O_RDONLY), "rb") as file:  # noqa: PTH123 - opened safely
             raw = file.read(min(rest.size, MOST_BYTES) + 1)

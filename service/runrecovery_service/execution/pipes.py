@@ -1,7 +1,7 @@
 """Reads and writes pipes on the event loop, by their descriptors.
 
 The loop's pipe transports are not used: uvloop closes the descriptor of a transport twice, and at
-the second time it may belong to another thread's new file.
+the second time the number can belong to another thread's new file.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def fill(descriptor: int, data: bytes) -> int:
 
 
 async def wait_until_read(descriptor: int) -> bool:
-    """Wait until everything is read from a pipe; return False if its other end closes before.
+    """Wait until everything is read from a pipe. Return False if it is closed with data unread.
 
-    This waits for ever if a reader keeps its end open and does not read.
+    This waits for ever if a reader keeps the pipe open and does not read.
     """
     pause_s = POLL_FIRST_S
     while bytes_held(descriptor):
         if _has_no_reader(descriptor):
-            return not bytes_held(descriptor)  # it may have read the rest before it closed
+            return not bytes_held(descriptor)  # perhaps everything was read before the close
         await asyncio.sleep(pause_s)  # polls, because no system call reports that a pipe was read
         pause_s = min(pause_s * 2, POLL_MOST_S)
     return True
@@ -80,7 +80,7 @@ def _has_no_reader(descriptor: int) -> bool:
 
 
 def bytes_held(descriptor: int) -> int:
-    """Return how many bytes are in a pipe. The descriptor may be of either end."""
+    """Return how many bytes are in a pipe, given a descriptor of either end."""
     held = array("i", [0])
     fcntl.ioctl(descriptor, termios.FIONREAD, held)
     return held[0]

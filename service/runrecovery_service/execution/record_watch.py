@@ -20,19 +20,19 @@ from runrecovery_service.storage.changes import SharedPoll, Subscription, event_
 from runrecovery_service.storage.instances import Owner
 
 CHECK_INTERVAL_S: Final = 2.0
-"""Seconds between two polls of a shared store for runs that peers have changed: their commits
-announce nothing on this instance."""
+"""Seconds between two polls of a shared store for runs that peers have changed. The commits of
+peers announce nothing on this instance."""
 RETRY_S: Final = 0.5
 """Pause after a failed read."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RecordWatch:
-    """Reads the record of each running turn whose run has changed, and informs its supervisor.
+    """Reads the run of each turn under way after a change, and informs the turn's supervisor.
 
-    After a change in doubt (the answer to its COMMIT was lost), it reads the records of all turns
-    at once. A cancel or a reply may be committed although its caller got an error. On a shared
-    store it also polls for runs with new events, in one query for all turns.
+    If the answer to a COMMIT was lost, the runs of all turns are read at once: the COMMIT possibly
+    recorded a cancel or a reply, although the caller got an error. On a shared store, one query
+    for all turns also polls for runs with new events.
     """
 
     storage: Storage
@@ -98,14 +98,14 @@ class RecordWatch:
         for supervisor in self.turns.supervisors:
             key = supervisor.turn.run.key
             is_due = all_due or key in due_keys
-            is_due = is_due and supervisor in self.turns  # else the turn has ended meanwhile
+            is_due = is_due and supervisor in self.turns  # a turn can have ended meanwhile
             if is_due and not await self._could_inform(supervisor):
                 self._due_keys.add(key)
         if not self._due_keys:
             self._failures.note_success()
 
     async def _changed_by_peers(self) -> set[int]:
-        """Return the runs with a turn here that peers may have changed since the last poll."""
+        """Return the runs of turns here that peers have possibly changed since the last poll."""
         keys = {supervisor.turn.run.key for supervisor in self.turns.supervisors}
         if not keys:
             return keys
@@ -114,11 +114,11 @@ class RecordWatch:
         except Exception as error:  # noqa: BLE001 - the reads of the records meet it too, and are retried
             self._failures.report(error)
             return keys
-        gone = keys - counts.keys()  # a failover has lost them, as the read of the record will find
+        gone = keys - counts.keys()  # lost by a failover, as the next read of each run will find
         return {*self._poll.changed(counts), *gone}
 
     async def _could_inform(self, supervisor: TurnSupervisor) -> bool:
-        """Return False, and log why, if the run could not be read.
+        """Inform a supervisor. Return False, and log why, if its run could not be read.
 
         Raises:
             Fenced: a newer epoch owns the run.
@@ -133,7 +133,7 @@ class RecordWatch:
         return True
 
     async def _inform_one(self, supervisor: TurnSupervisor) -> None:
-        """Pass an accepted cancel or reply to the supervisor, which may get the same one twice."""
+        """Pass an accepted cancel or reply to the supervisor, possibly for a second time."""
         run = await self.storage.read_row(turns.current_run, supervisor.turn, owner=self.owner)
         if run.cancel_requested:
             supervisor.cancel()

@@ -29,10 +29,10 @@ PEERS_INTERVAL_S: Final = 0.5
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RunQueue:
-    """The queue of one instance. If none of its runs can start, it takes a run of a peer.
+    """The queue of one instance. If none of its runs can start, a run of a peer is taken.
 
     Attributes:
-        site: where processes are launched.
+        site: the instance and host on which processes are launched.
         catalog: the configured engines. A peer's run is taken only if its engine is among them.
         shares_workspaces: whether this instance can resume the sessions of its peers.
     """
@@ -51,8 +51,8 @@ class RunQueue:
         """Take the longest-queued run whose engine is not busy; return None if there is none.
 
         Args:
-            ending_runs: the keys of runs whose latest turn has a supervisor that does not know yet
-                whether the turn's end is recorded. These runs are not taken.
+            ending_runs: the keys of runs that are not taken, because the supervisor of their latest
+                turn does not know yet whether the turn's end is recorded.
         """
         turn = await self._take_own(busy_engines, ending_runs)
         if turn is None and await self._moved_from_peer(busy_engines):
@@ -95,7 +95,7 @@ class RunQueue:
         )
 
     async def give_back(self, supervised: Collection[str]) -> int:
-        """Requeue runs that were taken by a commit whose answer was lost; return their number.
+        """Requeue runs that were taken by a commit whose answer was lost. Return their number.
 
         Args:
             supervised: cookies of the launches that have a supervisor.

@@ -54,10 +54,10 @@ class RunningTurns:
 
     @property
     def ending_runs(self) -> frozenset[int]:
-        """The keys of the runs whose turn is over.
+        """The keys of the runs whose turn is over, but still has a supervisor.
 
-        The end may be recorded although the supervisor does not know it yet, because the answer to
-        the COMMIT is late or was lost.
+        The end can be recorded without the supervisor's knowledge, because the answer to the COMMIT
+        is late or was lost.
         """
         return frozenset(one.turn.run.key for one in self._tasks if one.is_ending)
 
@@ -79,8 +79,8 @@ class RunningTurns:
     def time_out(self, run_id: str, kind: DueKind) -> None:
         """End the process of a run whose deadline has passed.
 
-        This misses a run that is just being taken from the queue, which the next check of the
-        deadlines finds.
+        A run that is just being taken from the queue is missed here. The next check of the
+        deadlines finds it.
         """
         for supervisor in self._tasks:
             if supervisor.turn.run.run_id == run_id:

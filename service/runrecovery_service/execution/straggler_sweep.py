@@ -1,7 +1,8 @@
 """Ends leftover processes of launches that are over, while the service runs.
 
-If a tree could not be ended, sweeps retry until it is gone, and its run can continue. Recently
-closed launches are searched again, because one scan of the process table may miss a process.
+If a process tree could not be ended, sweeps retry until it is gone. Its run can continue then. For
+launches that ended recently, sweeps search again, because one scan of the process table can miss a
+process.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SWEEP_INTERVAL_S: Final = 2.0
 CLOSED_WITHIN_S: Final = 60.0
 """How long sweeps search for processes of a launch after it was closed."""
 SWEEP_DEADLINE_S: Final = 10.0
-"""Time limit, after the grace, for ending the processes that a sweep finds."""
+"""Time limit, after `cancel_grace_s`, for ending the processes that a sweep finds."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -73,7 +74,7 @@ class StragglerSweep:
         await self.sweep()
 
     async def sweep(self) -> None:
-        """Search once for processes of all launches that are over but may still have processes."""
+        """Search once for processes of launches that are over, and end those that are found."""
         found = await self.storage.read(
             launch_records.launches_to_sweep,
             self.owner,

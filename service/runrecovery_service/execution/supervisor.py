@@ -1,4 +1,4 @@
-"""Supervises one turn: launches its process, follows it, ends it and records its end.
+"""Supervises one turn: launches the process, follows it, ends it and records the end of the turn.
 
 Related modules: `turn_state.py` (the meaning of events), `agent_io.py` (pipes), `launcher.py`
 (launch), `turn_records.py` (store), `turn_sessions.py` (the agent's session).
@@ -82,13 +82,13 @@ log = structlog.get_logger()
 
 UNGUARDED_CHECKS: Final = 2
 """How many checks in a row, 2 s apart, must find a shim stopped or gone before the process is
-ended. One check may find it so at a normal end."""
+ended. A single check can find the shim gone at a normal end of the turn."""
 HANDLE_UNUSABLE: Final = "This engine could not have named the session's handle."
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TurnSupervisor:
-    """The supervisor of one turn. `follow` does all of it; other methods may be called meanwhile.
+    """The supervisor of one turn. `follow` does the work; other methods can be called meanwhile.
 
     Attributes:
         is_ending: whether the turn is over, so that its tree is being ended and its end recorded.
@@ -131,10 +131,10 @@ class TurnSupervisor:
         self._reply_accepted.set()
 
     def check_shim(self) -> None:
-        """End the process if its shim is found stopped or gone for the second time.
+        """End the process if its shim is found stopped or gone in two checks in a row.
 
-        An open pipe for the shim's reports proves nothing, because another process may keep it
-        open.
+        That the pipe for the shim's reports is open says nothing about the shim, because another
+        process can keep the pipe open.
         """
         self._unguarded_checks = 0 if self.launch.is_guarded else self._unguarded_checks + 1
         if self._unguarded_checks >= UNGUARDED_CHECKS:
@@ -143,9 +143,9 @@ class TurnSupervisor:
     # -- the life of a turn --------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Launch the process, follow it, end it and record its end.
+        """Launch the process, follow it, end it and record the end of the turn.
 
-        If the task is cancelled, the recorded run is left unchanged for the caller.
+        If the task is cancelled, the process keeps running and the run stays as it is recorded.
 
         Raises:
             Fenced: a newer epoch owns the run.
@@ -174,10 +174,10 @@ class TurnSupervisor:
         release = partial(self.launch.release, gone=ending.gone)
         for event in await run_blocking(self.threads, release):
             self._advance(event)
-        # Checked before any effect of the end, because another instance may have taken the run over
-        # and ended its process. The write checks the owner again in its transaction.
+        # Checked before any effect of the end, because another instance can have taken the run over
+        # and ended the process. The write checks the owner again in its transaction.
         await self.records.demand_owned()
-        await self.permissions.record_if_used()  # the use may be unnoticed so far
+        await self.permissions.record_if_used()  # the use is possibly unnoticed so far
         if self._ends_run(end):  # removed before a caller can see the end
             await self.launch.remove_trust()
         await self._record(end, self._ended(ending))
@@ -209,7 +209,7 @@ class TurnSupervisor:
             self._advance(Signal.SHIM_USELESS)
             return self._judge(opening)
         except Withdrawn:
-            while not self._events.empty():  # they have the reason, unless only the store has it
+            while not self._events.empty():  # the events say why, unless only the store does
                 await self._take(engine, self._events.get_nowait())
             return self._judge(opening)
         return await self._follow_process(engine, process, opening)
@@ -359,9 +359,8 @@ class TurnSupervisor:
             await self.permissions.wait_until_used()
             await self.permissions.record_if_used()
             return
-        # Recorded only after the process has read it. Data in the pipe is lost with the process,
-        # and after a crash the reply must go to the next process. A process that has read all of
-        # its input has read the reply.
+        # The reply is recorded as delivered only after the process has read all of its input. Data
+        # in the pipe is lost with the process, and then the next process must get the reply.
         if (reply := self.turn.reply) is not None:
             if is_written and await io.wait_until_input_read():
                 await self.records.record_reply_read(reply.interaction_id)
@@ -397,7 +396,7 @@ class TurnSupervisor:
     async def _watch_replies(self, io: AgentIO) -> None:
         """Notice that a sticky process closes its input before it has read a reply.
 
-        This runs as a separate task, because a process may read a reply long after its next
+        This runs as a separate task, because a process can read a reply long after its next
         question.
         """
         while True:
@@ -432,7 +431,7 @@ class TurnSupervisor:
 
     async def _record(self, end: TurnEnd, ended: LaunchEnd) -> None:
         fingerprint = await self.sessions.fingerprint(end, gone=ended.gone)
-        # A resumable run's wait has no deadline if only the user may reply.
+        # The wait of a resumable run has no deadline if only the user is allowed to reply.
         due = None if self.turn.run.require_user_reply else self._wait_due()
         used = await self.sessions.usage(
             self.state.used, gone=ended.gone, is_last=self._ends_run(end)

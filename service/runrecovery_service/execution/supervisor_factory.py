@@ -63,7 +63,7 @@ class SupervisorFactory:
     """Creates the supervisor of each turn.
 
     Attributes:
-        exit_grace_s: how many seconds a process may run after its turn's end or its last output.
+        exit_grace_s: the key `exit_grace_s` of `config/settings.py`.
     """
 
     records: TurnRecordsFactory
@@ -74,7 +74,7 @@ class SupervisorFactory:
     exit_grace_s: float
 
     def supervise(self, turn: Turn) -> TurnSupervisor:
-        """Return a supervisor for a turn that was taken from the queue; it does nothing yet.
+        """Return a supervisor for a turn that was taken from the queue, and start nothing.
 
         The supervisor keeps the present engines, even if a later reload changes them.
         """

@@ -1,8 +1,8 @@
 """Removes trust entries that no run needs any more, while the service runs.
 
-A turn that ends its run removes the run's entry itself. The sweep removes all other entries: of
-runs that ended without a process, of earlier attempts, of dead services, and entries whose removal
-has failed.
+A turn that ends its run removes the run's entry itself. The sweep removes the entries of runs that
+ended without a process, of earlier attempts and of dead services, and entries whose removal has
+failed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Delay:
     """Postpones the next edit of a file that could not be edited.
 
     Attributes:
-        until: the time of the next edit, as of `TrustSweep.time`.
+        until: the time of the next edit, by the clock `TrustSweep.time`.
     """
 
     backoff: Backoff
@@ -45,7 +45,7 @@ class _Delay:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TrustSweep:
-    """Sweeps until it is stopped. It may run in safe mode, because it launches nothing."""
+    """Sweeps until it is stopped, also in safe mode, because it launches nothing."""
 
     keeper: TrustKeeper
     threads: Executor

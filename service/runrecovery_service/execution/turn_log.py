@@ -95,13 +95,12 @@ class TurnLog:
 async def retry_until_done(do: Callable[[], Awaitable[R]], turn_log: TurnLog) -> R:
     """Call `do` with pauses until it succeeds, and return its result.
 
-    No failure of the store, and no defect, may lose the results of a process. Meanwhile the run
+    So no failure of the store, and no defect, loses the results of a process. Meanwhile the run
     keeps its slot, and the failures are logged.
 
     Raises:
         Fenced: a newer epoch owns the run.
-        Exception: the value can never be stored (`is_unstorable`), so that no repetition could
-            succeed.
+        Exception: the value can never be stored (`is_unstorable`), so every further try would fail.
     """
     backoff = Backoff(RETRY_FIRST_S, RETRY_MOST_S)
     while True:

@@ -1,7 +1,7 @@
 """Detects whether the answer to a permission question was used in the turn that got it.
 
-The agent does not get the answer in its input, but from its permission hook. The hook creates a
-file before the tool call can begin. This file proves that the process has used the answer.
+The agent gets the answer not in its input, but from its permission hook. The hook creates a file
+before the tool call can begin. If the file exists, the process has used the answer.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class TurnPermissions:
         return self.workspaces.permissions(run.key, run.attempt)
 
     def deferred(self) -> frozenset[str]:
-        """Return the ids of the tool calls that earlier turns have deferred. Blocks briefly."""
+        """The ids of the tool calls that the hook deferred in earlier turns. Blocks briefly."""
         return deferred_calls(self.folder, self.records.turn.run.turn)
 
     @property
     def answer(self) -> Interaction | None:
-        """The turn's reply if the hook passes it to the agent; None if the agent's input has it."""
+        """The turn's reply if the hook passes it to the agent; None: any reply is in the input."""
         reply = self.records.turn.reply
         return reply if returns_to_call(reply) else None
 
@@ -52,11 +52,11 @@ class TurnPermissions:
 
     @property
     def is_used(self) -> bool:
-        """Whether the hook has given the answer, so that the tool call may have begun."""
+        """Whether the hook has given the answer, so that the tool call has possibly begun."""
         return self.answer is not None and used_mark(self.folder, self.answer).exists()
 
     async def record_if_used(self) -> bool:
-        """If the hook has given the answer, record it as delivered. Return whether the hook has."""
+        """If the hook has given the answer, record it as delivered, and return True."""
         if self.answer is None or not self.is_used:
             return False
         await self.records.record_reply_read(self.answer.interaction_id)

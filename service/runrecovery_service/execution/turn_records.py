@@ -1,4 +1,4 @@
-"""The store for one turn: each call passes the turn and its owner, and is retried."""
+"""The store for one turn. Each call passes the turn and its owner, and is retried."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class TurnRecords:
         await self._read(instances.demand_current, self.owner)
 
     async def record_shim(self, *, pid: int, start_ticks: int) -> None:
-        """Record the shim that waits at its gate."""
+        """Record the shim, which waits for permission to start the agent."""
         lease = self.turn.launch
         await self._write(
             launch_records.record_gated, lease, owner=self.owner, pid=pid, start_ticks=start_ticks
         )
 
     async def record_start(self) -> None:
-        """Record that the gate is about to open. After this the agent may run."""
+        """Record that the shim is about to be allowed to start the agent."""
         await self._write(launch_records.record_running, self.turn.launch, owner=self.owner)
 
     async def record_session(self, session: Session) -> None:
@@ -88,15 +88,15 @@ class TurnRecords:
         await self._write(turns.record_usage, self.turn, owner=self.owner, used=used)
 
     async def record_retry(self, message: str) -> None:
-        """Record the event that the agent is waiting to call its model again."""
+        """Record, as an event of the run, that the agent is waiting to call its model again."""
         await self._write(
             turns.record_retry, self.turn, owner=self.owner, message=message, now=self.clock.now()
         )
 
     async def record_reply_read(self, number: int) -> None:
-        """Record that the process has the accepted reply.
+        """Record that the accepted reply is delivered.
 
-        A sticky process may read the reply later.
+        A sticky process can still read the reply later.
         """
         await self._write(turns.record_delivered, self.turn, owner=self.owner, number=number)
 
@@ -116,7 +116,7 @@ class TurnRecords:
         """Record the ends of the turn and its process, and return the run.
 
         Args:
-            due: the deadline of the wait that begins if the turn has asked; None: no deadline.
+            due: the deadline of the question if the turn has asked one; None: no deadline.
             fingerprint: the fingerprint of the session file; None: none could be taken.
             used: the usage of the turn; None: none is known.
         """

@@ -46,9 +46,9 @@ class TurnSessions:
         return self.checker.workspaces.workspace(run.key, run.attempt)
 
     async def session_problem(self, engine: Engine, resumed: Resumed | None) -> str | None:
-        """Return why the session cannot be resumed; None: it can, or the check has no result.
+        """Return why the session cannot be resumed, or None if it can or if this is not known.
 
-        Agent CLIs do not check this themselves. They resume even an incomplete session.
+        Agent CLIs do not check their sessions. They resume even an incomplete one.
         """
         if resumed is None or engine.sessions is None:
             return None
@@ -65,8 +65,8 @@ class TurnSessions:
     async def repair(self, engine: Engine, resumed: Resumed | None) -> None:
         """Repair the session that is about to be resumed.
 
-        If the repair fails, the CLI gets the unrepaired session, which its version may be able to
-        resume.
+        If the repair fails, the CLI gets the session without a repair. Some versions of the CLI can
+        resume it.
         """
         if resumed is None or engine.sessions is None:
             return
@@ -85,9 +85,9 @@ class TurnSessions:
     async def _check(
         self, engine: Engine, handle: str, fingerprint: SessionFingerprint | None
     ) -> SessionFinding | None:
-        """Return the finding about the session. First wait until the CLI's home directory exists.
+        """Wait until the CLI's home directory exists, and return the finding about the session.
 
-        A CLI that is launched earlier would create another, empty home without sessions.
+        Without this wait, the CLI would be launched and create an empty home without sessions.
         """
         turn = self.records.turn
         is_reported = False
@@ -107,10 +107,9 @@ class TurnSessions:
             await asyncio.sleep(HOME_CHECK_S)
 
     async def fingerprint(self, end: TurnEnd, *, gone: bool) -> SessionFingerprint | None:
-        """Return the fingerprint of the session file, or None.
+        """Return the fingerprint of the session file, by which a restart checks the file.
 
-        With the fingerprint, a restart can prove that the file is complete up to the question.
-        None: a process may still write to the file, or the CLI's session file was not found.
+        Return None if a process can still write to the file, or if the file was not found.
 
         Args:
             gone: whether all processes of the turn have ended.
@@ -137,7 +136,7 @@ class TurnSessions:
         Args:
             used: the usage that the agent has reported; None: it has reported none.
             gone: whether all processes of the turn have ended.
-            is_last: whether no later turn needs the usage of the session.
+            is_last: whether the turn ends the run, so that no later turn needs the session's usage.
         """
         sessions = self._cli_sessions()
         if sessions is None or sessions.ledger is None:

@@ -10,7 +10,7 @@ from runrecovery_service.storage.turns import Turn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnSpans:
-    """The spans of a turn that has its slot. They belong to the trace that is stored with the run.
+    """The spans of a turn that has got its slot. They belong to the trace stored with the run.
 
     Attributes:
         turn: the span of the turn.

@@ -1,7 +1,8 @@
 """The state of a turn under way, and how each event changes it. Pure: no I/O, no clock.
 
 `advance` takes the state and one event. It returns the next state, and the action that the
-supervisor must carry out before the next event. `tests/execution/test_turn_state.py` has the table.
+supervisor must carry out before the next event. `tests/execution/test_turn_state.py` has a table of
+states and events.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ from runrecovery_service.process.shim_events import (
 )
 
 LAST_OUTPUT_S: Final = 1.0
-"""How long the output of a process is still read after its exit. A child may keep the output open.
-"""
+"""How long the output of a process is still read after its exit, while a child keeps it open."""
 USAGE_RECORDED_EVERY_S: Final = 5.0
 """Time between two records of a running turn's usage. The first usage after the turn's question or
 result is recorded at once, because the exit of an agent CLI can take seconds."""
@@ -160,14 +160,14 @@ Action: TypeAlias = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRules:
-    """The inputs of a turn that do not change.
+    """The inputs of `advance` that do not change during a turn.
 
     Attributes:
         profile: how the run waits for a reply; None: a profile that only a newer version knows.
         resumes: whether the process resumes a recorded session.
         ends_once: whether a second, different result or question breaks the protocol.
-        exit_grace_s: how many seconds a process may run after its turn's end or its last output.
-        budget: the most that the run may use.
+        exit_grace_s: the key `exit_grace_s` of `config/settings.py`.
+        budget: the limits on the usage of the run.
         used_before: the usage of the run before this turn.
     """
 
@@ -179,7 +179,7 @@ class TurnRules:
     used_before: Usage | None = None
 
     def why_used_up(self, used: TurnUsage | None) -> str | None:
-        """Return why the run may not continue after this usage of the turn; None: it may."""
+        """Return which limit of the run this usage of the turn has reached, or None."""
         return self.budget.why_used_up_by(used, before=self.used_before)
 
 
@@ -197,9 +197,9 @@ class TurnState(TurnFacts):
         exit_due_s: the event loop's time by which the process must have ended; None: no limit.
         used: the usage of the turn: the highest reported value of each counter.
         is_usage_new: whether `used` is not recorded yet.
-        usage_due_s: the event loop's time from which `used` may be recorded again.
-        is_answering: whether the latest usage was of an answer without a tool call, after which the
-            turn may end.
+        usage_due_s: the event loop's time from which `used` can be recorded again.
+        is_answering: whether the latest usage was that of an answer without a tool call, so that
+            the turn is possibly ending.
         retries: the number of recorded retries.
         unknown_types: message types that were logged as unknown.
     """
@@ -229,18 +229,18 @@ class TurnState(TurnFacts):
 
     @property
     def wakes_to_record(self) -> bool:
-        """Whether the usage must be recorded before the exit."""
+        """Whether the next thing that is due (`wake_s`) is to record the usage."""
         is_first = self.exit_due_s is None or self.usage_due_s <= self.exit_due_s
         return self.is_usage_new and is_first
 
     @property
     def wake_s(self) -> float | None:
-        """The event loop's time at which something is due without an event; None: nothing is."""
+        """The event loop's time at which something is due without an event; None: nothing."""
         return self.usage_due_s if self.wakes_to_record else self.exit_due_s
 
     @property
     def end_reason(self) -> str:
-        """Why the tree is ended, as one word for the log."""
+        """Why the process tree is ended, as one word for the log."""
         reasons = {
             "canceled": self.is_canceled,
             "timed_out": self.deadline_passed is not None,
@@ -307,12 +307,12 @@ def _question(state: TurnState, asked: Asked, rules: TurnRules) -> Step:
         return replace(state, protocol_error=ASKED_WHILE_WAITING), None
     if state.last_word is not None:
         return replace(state, protocol_error=SECOND_END), None
-    # Set before the question is committed, because its reply may come right after the commit.
+    # Set before the question is committed, because its reply can come right after the commit.
     return replace(state, is_waiting=True), RecordQuestion(asked.question)
 
 
 def _last_word(state: TurnState, said: Asked | Succeeded, rules: TurnRules) -> Step:
-    """Keep the question or result that ends the turn.
+    """Remember the question or result that ends the turn.
 
     If the dialect allows only one (`ends_once`), a second one is compared with the first.
     """
@@ -361,9 +361,9 @@ def _unknown(state: TurnState, message: UnknownMessage) -> Step:
 def _line_read(
     state: TurnState, rules: TurnRules, now_s: float, *, at_work: bool | None
 ) -> TurnState:
-    """If the turn has ended, set the time limit for the exit of the process anew.
+    """If the agent has ended its turn, set a new time limit for the exit of the process.
 
-    An agent that has begun further work on its own has no limit.
+    If the agent has begun further work on its own, there is no limit.
     """
     if state.exited is not None or not state.open_outputs:
         return replace(state, is_at_work=at_work is True)
@@ -384,7 +384,7 @@ def _signal(state: TurnState, signal: Signal, rules: TurnRules, now_s: float) ->
             return replace(state, is_canceled=True)
         case Signal.REPLY_ACCEPTED:
             return replace(state, is_waiting=False)
-        case Signal.REPLY_LOST:  # the process may just be exiting
+        case Signal.REPLY_LOST:  # the process is possibly just exiting
             return replace(state, is_reply_lost=True, exit_due_s=soon_s)
         case Signal.STDOUT_ENDED:
             due_s = now_s + rules.exit_grace_s
@@ -394,8 +394,8 @@ def _signal(state: TurnState, signal: Signal, rules: TurnRules, now_s: float) ->
         case Signal.SHIM_GONE:
             return replace(state, is_unsupervised=state.exited is None, exit_due_s=soon_s)
         case Signal.SHIM_USELESS:
-            # A shim may be killed after its tree has ended. While a write is retried, the straggler
-            # sweep may find the shim gone although the exit that the shim has reported is still in
+            # A shim can be killed after its tree has ended. While a write is retried, the straggler
+            # sweep can find the shim gone although the exit that the shim has reported is still in
             # the queue.
             return replace(state, is_unsupervised=state.exited is None)
         case Signal.OUTPUT_UNREAD:
@@ -410,7 +410,7 @@ def _shim_event(state: TurnState, event: Exited | EndsItself | Empty, now_s: flo
         case Exited():
             return replace(state, exited=event, exit_due_s=soon_s)
         case EndsItself():
-            # An exit before the shim's kill counts, because the agent may have succeeded.
+            # An exit before the shim's kill counts, because the agent has possibly succeeded.
             interrupted = SUSPENDED if state.exited is None else None
             return replace(state, interrupted=interrupted, exit_due_s=soon_s)
         case Empty():

@@ -37,10 +37,11 @@ def call_origin(scope: Scope, *, authorization: str | None = None) -> CallOrigin
     """Return the sender of a request.
 
     Args:
-        authorization: replaces the header of the request, for callers that a cookie identifies.
+        authorization: used in place of the header, for callers that a cookie identifies; None: the
+            header of the request is used.
     """
     given = header_values(scope, b"authorization") if authorization is None else [authorization]
-    # A second value is passed on as well: the guard refuses a call with two.
+    # A second value is passed on too, because a call with two values must be refused.
     more = [("authorization", value) for value in given[1:]]
     more += [("traceparent", value) for value in header_values(scope, b"traceparent")]
     host, port = scope["client"] or ("", 0)
@@ -92,7 +93,7 @@ class HttpApp:
             await self._route(Exchange(scope, receive, send_noting))
         except ClientGone:
             pass
-        except Exception:  # the edge of this task: nobody else would report the defect
+        except Exception:  # nothing above this task would report the defect
             log.exception("http.defect", path=scope["path"][:200])
             if not has_started:
                 await Response(500, b"internal error\n", TEXT).send(send)
@@ -122,7 +123,7 @@ class HttpApp:
 
 
 def _unclear(scope: Scope) -> Response | None:
-    """Return the refusal of a request that a proxy could read differently; None for any other."""
+    """Return the refusal of a request that a proxy could parse differently, else None."""
     close = ((b"connection", b"close"),)
     if scope["http_version"] not in {"1.0", "1.1"}:
         return Response(505, b"only HTTP/1.1 and HTTP/1.0 are spoken\n", TEXT, close)

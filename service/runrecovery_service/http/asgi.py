@@ -17,7 +17,7 @@ Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 BODY_S: Final = 20.0
-"""The most time until the body of a request has arrived. Later the request is refused."""
+"""The most seconds until the body of a request has arrived. A slower request is refused."""
 
 
 class ClientGone(Exception):
@@ -37,7 +37,7 @@ class Exchange:
     """A request, and the means to answer it.
 
     Attributes:
-        headers: added to the response, for pages of other origins.
+        headers: headers to add to the response, for pages of other origins.
     """
 
     scope: Scope
@@ -56,7 +56,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole response. The headers are added to those that every response has."""
+    """A whole response. Its headers are sent in addition to those that every response has."""
 
     status: int
     body: bytes = b""
@@ -131,10 +131,10 @@ async def _read_all(receive: Receive, limit: int) -> bytes:
 class UntilGone:
     """Cancels the code in its context when the client closes the connection, or after a time.
 
-    Enter it after the whole body was read. It raises `ClientGone` or `TimeoutError`.
+    Enter the context after the whole body was read. It raises `ClientGone` or `TimeoutError`.
 
     Args:
-        timeout_s: seconds; None: no limit.
+        timeout_s: the seconds until it cancels the code; None: no limit.
     """
 
     def __init__(self, receive: Receive, timeout_s: float | None = None) -> None:

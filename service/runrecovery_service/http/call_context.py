@@ -1,4 +1,4 @@
-"""The context of a call over HTTP. It has those methods of gRPC's context that handlers use."""
+"""The context of a call over HTTP. It has the methods of gRPC's context that handlers use."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class CallFailed(Exception):
     """A call of the contract failed.
 
     Attributes:
-        code: its status.
+        code: the status of the call.
         message: one readable sentence.
-        details: messages of google.rpc: an ErrorInfo, and for some errors more.
+        details: messages of google.rpc: an ErrorInfo, and for some errors further messages.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class CallOrigin:
     """The sender of a call.
 
     Attributes:
-        authorization: the value of the header, `Bearer …`; None: no header.
+        authorization: the value of the Authorization header, `Bearer …`; None: no header.
         peer: the address of the client, for the log.
         certificate: the names in the certificate of the client, under the keys of gRPC.
-        metadata: further metadata of the call, in lower case.
+        metadata: further metadata of the call, with keys in lower case.
     """
 
     authorization: str | None
@@ -68,7 +68,7 @@ class CallContext:
     """The context of one call.
 
     Args:
-        write: takes each response of a stream, and waits until the reader has room for another.
+        write: takes each response of a stream, and waits until the reader has room for the next.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CallContext:
         self._callbacks: list[Callable[[object], None]] = []
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata that the guard and the traces read."""
+        """Return the metadata, from which handlers read the token and the trace."""
         given = self._origin.authorization
         own = () if given is None else ((AUTHORIZATION, given),)
         return own + self._origin.metadata
@@ -94,7 +94,7 @@ class CallContext:
         return self._origin.peer
 
     def code(self) -> grpc.StatusCode | None:
-        """Return the status with which the call was aborted; None: it was not."""
+        """Return the status with which the call was aborted, or None if it was not aborted."""
         return self._code
 
     def add_done_callback(self, callback: Callable[[object], None]) -> None:

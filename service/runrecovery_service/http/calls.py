@@ -1,6 +1,6 @@
 """Calls methods of the contract inside this process.
 
-The handlers are the ones that gRPC calls. So access, limits, metrics and traces are those of
+The handlers are those that gRPC calls. So access, limits, metrics and traces are the same as over
 gRPC.
 """
 
@@ -26,7 +26,7 @@ class ContractCalls:
     """Calls methods of the contract. Use it on the event loop.
 
     Attributes:
-        methods: by path, `runrecovery.v1.RunService/GetRun`.
+        methods: the methods by path, such as `runrecovery.v1.RunService/GetRun`.
     """
 
     def __init__(self, contract: Contract) -> None:
@@ -58,7 +58,7 @@ class ContractCalls:
         return data
 
     async def demand_caller(self, method: ContractMethod, who: CallOrigin) -> None:
-        """Refuse a call before its request is read, if its caller may not make it.
+        """Refuse a call before its request is read, if its caller has no right to make it.
 
         Raises:
             CallFailed: the call is refused.
@@ -93,7 +93,7 @@ class ContractCalls:
 
 
 async def _handle(method: ContractMethod, request: Message, context: Any, pieces: Pieces) -> None:
-    """Handle the call of a stream, and put its end into the queue after the last response."""
+    """Handle a call with a stream: put its responses, and then its end, into the queue."""
     end: Exception | None = None
     try:
         await method.handle(request.SerializeToString(), context)

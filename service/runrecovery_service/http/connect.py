@@ -1,8 +1,8 @@
 """Answers calls of the contract over HTTP, by the Connect protocol (connectrpc.com).
 
-A method with one response takes its request as the body of a POST, or, if it changes nothing, in
-the query of a GET. A method with a stream takes and sends envelopes: a byte of flags, the length in
-four bytes, a message. The last envelope has the status of the call.
+A method with one response takes its request as the body of a POST. If the method changes nothing,
+the request can also be in the query of a GET. A method with a stream takes and sends envelopes: a
+byte of flags, the length in four bytes, a message. The last envelope has the status of the call.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ConnectHandler:
             await exchange.respond(await self._answer_unary(method, who, exchange))
 
     def _refusal(self, method: ContractMethod, scope: Scope) -> Response | None:
-        """Return the response to a request whose verb or content type is not the method's."""
+        """Return the refusal of a request with a wrong verb or content type, else None."""
         reads_by_get = method.is_read and not method.is_stream
         if scope["method"] == "GET" and reads_by_get:
             return None
@@ -121,7 +121,7 @@ class ConnectHandler:
         scope = exchange.scope
         _demand_protocol(scope)
         if scope["method"] == "GET":
-            await self._body(exchange)  # has no meaning, but what follows it has
+            await self._body(exchange)  # ignored, but read: the connection's next bytes follow it
             return _query_message(scope)
         _demand_no_query(scope)
         _demand_identity(one_header(scope, b"content-encoding"))
@@ -144,7 +144,7 @@ class ConnectHandler:
     ) -> None:
         codec = STREAM_TYPES[_content_type(exchange.scope)]
         content_type = (b"content-type", f"application/connect+{codec.name}".encode())
-        unbuffered = (b"x-accel-buffering", b"no")  # nginx would hold messages back
+        unbuffered = (b"x-accel-buffering", b"no")  # else nginx would hold messages back
         await exchange.start(200, (content_type, unbuffered))
         end: dict[str, object] = {}
         try:
@@ -174,7 +174,7 @@ class ConnectHandler:
 
 
 class _Deadline(UntilGone):
-    """As `UntilGone`, for the timeout that the caller has set."""
+    """Like `UntilGone`, but the timeout is the caller's, and its end fails the call."""
 
     async def __aexit__(self, *caught: object) -> None:
         try:
@@ -202,7 +202,7 @@ def _plain(status: int, sentence: str, header: tuple[bytes, bytes]) -> Response:
 
 
 def _content_type(scope: Scope) -> str:
-    """Return the content type without a charset of UTF-8; empty if there is none or two."""
+    """Return the content type without `charset=utf-8`; empty if the request has none or two."""
     given = header_values(scope, b"content-type")
     if len(given) != 1:
         return ""

@@ -1,8 +1,8 @@
-"""Limits the number of connections of the HTTP server, and how long each may be silent.
+"""Limits the number of connections of the HTTP server, and how long each can be silent.
 
-uvicorn speaks HTTP. This module adds three limits. The number of connections is limited, and a new
-connection replaces an idle one. The head of a request must arrive in time. A client that reads
-nothing for too long loses its connection.
+uvicorn implements HTTP. This module adds three limits. The number of connections is limited, and
+then a new connection replaces an idle one. The head of a request must arrive in time. A client that
+reads nothing for too long loses its connection.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ HEAD_S: Final = 10.0
 """The most time from the start of a request or connection to the end of the head."""
 PIECE_BYTES: Final = 16_384
 STALL_MARGIN_S: Final = 5.0
-"""The time between the status that ends a stream and the close of its connection."""
+"""The seconds between the status that ends a stream and the close of its connection."""
 
 
 class ConnectionTable(ServerState):
     """All connections of the HTTP server, and those that wait for a request, oldest first.
 
     Args:
-        max_connections: a further one replaces the oldest that waits. If none waits, the further
-            one is closed at once.
+        max_connections: the most connections. A further one replaces the oldest that waits for a
+            request. If none waits, the further one is closed at once.
 
     Attributes:
         live: the connections that have finished their handshake.
@@ -44,7 +44,7 @@ class ConnectionTable(ServerState):
         self._waiting: dict[object, Callable[[], object]] = {}
 
     def admit(self) -> bool:
-        """Count a new connection. False: there is no room for it."""
+        """Count a new connection. Return False if there is no room for it."""
         if self._admitted >= self._max_connections:
             if not self._waiting:
                 return False
@@ -58,7 +58,7 @@ class ConnectionTable(ServerState):
         self._admitted -= 1
 
     def wait(self, connection: object, close: Callable[[], object]) -> None:
-        """Record that the connection waits for a request, and may be closed."""
+        """Record that the connection waits for a request, so that `close` can close it."""
         self._waiting[connection] = close
 
     def work(self, connection: object) -> None:
@@ -103,15 +103,15 @@ class Connection(H11Protocol):
     def cut(self) -> None:
         """Record that the event loop has closed the socket, if the connection was made.
 
-        A loop whose `connect_accepted_socket` is cancelled does not call `connection_lost`. Without
-        this method a stop would wait for the connection, and its place would stay taken.
+        If `connect_accepted_socket` is cancelled, the event loop does not call `connection_lost`.
+        Without this method, a stop would wait for the connection, which would still be counted.
         """
         if self.was_made and not self.ended.is_set():
             self.connection_lost(None)
 
     def data_received(self, data: bytes) -> None:
         """Read a part of a request."""
-        # In pieces: the limit of a head is checked between them, and its parser takes long.
+        # In pieces, because parsing a long head takes long: its limit is checked between pieces.
         for at in range(0, len(data), PIECE_BYTES):
             super().data_received(data[at : at + PIECE_BYTES])
             if self.transport.is_closing():
@@ -137,7 +137,7 @@ class Connection(H11Protocol):
             self._stall_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answer a request that is not HTTP; close if another response is under way."""
+        """Answer a request that is not HTTP, or just close if a response is under way."""
         if self._is_answering or self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
             self.transport.abort()
         else:

@@ -52,7 +52,7 @@ class Codec:
     """One form of messages.
 
     Attributes:
-        parse: returns the message of a type. Raises ValueError for anything else.
+        parse: returns a message of a given type. Raises ValueError for data of another form.
     """
 
     name: str
@@ -86,10 +86,10 @@ class Codec:
 
 def _parse_json(data: bytes, kind: type[Message]) -> Message:
     try:
-        text = data.decode() or "{}"  # Connect: no body is the empty message
+        text = data.decode() or "{}"  # in Connect, a missing body is the empty message
         if not text.lstrip().startswith("{"):  # the parser takes a list for an empty message
             raise ValueError("not an object")
-        # Unknown fields are ignored, as Connect demands: a caller may be newer than the service.
+        # Unknown fields are ignored, as Connect demands: a caller can be newer than the service.
         return json_format.Parse(text, kind(), ignore_unknown_fields=True)
     except (json_format.ParseError, RecursionError, TypeError, AttributeError) as error:
         raise ValueError from error
@@ -135,7 +135,7 @@ def error_body(error: CallFailed) -> bytes:
 
 
 def retry_after_s(error: CallFailed) -> int | None:
-    """Return the whole seconds after which the caller may retry; None if the error has no time."""
+    """Return the whole seconds after which a retry makes sense; None if the error has no time."""
     for detail in error.details:
         if detail.DESCRIPTOR.name == "RetryInfo":
             seconds: float = detail.retry_delay.ToMilliseconds() / 1000

@@ -26,11 +26,11 @@ ALLOWED_HEADERS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class OriginPolicy:
-    """The hosts and origins that requests may name.
+    """The hosts and origins that requests are allowed to name.
 
     Attributes:
         hosts: names of this service, in lower case and without a port.
-        origins: origins of other sites whose pages may call the contract.
+        origins: origins of other sites whose pages are allowed to call the contract.
     """
 
     hosts: frozenset[str]
@@ -45,7 +45,7 @@ class OriginPolicy:
         return cls(frozenset({"localhost", own, *hosts}), frozenset(origins))
 
     def refusal(self, scope: Scope) -> Response | None:
-        """Return the response to a request that is refused; None: the request may continue."""
+        """Return the response to a request that is refused, or None if the request is allowed."""
         named = header_values(scope, b"host")
         if len(named) != 1 or not self._is_host(named[0]):
             return _text(421, "this service is not known under the Host of the request")
@@ -93,7 +93,7 @@ class OriginPolicy:
 
     @staticmethod
     def _is_same_origin(origins: list[str], host: str) -> bool:
-        # The scheme is not compared: a proxy may end TLS.
+        # The scheme is not compared, because a proxy can end TLS.
         return len(origins) == 1 and origins[0].lower().partition("://")[2] == host.lower()
 
 

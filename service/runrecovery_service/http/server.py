@@ -19,14 +19,14 @@ from runrecovery_service.lazy_dataclass import dataclass
 from runrecovery_service.rpc.listen_address import bind_sockets
 
 KEEP_ALIVE_S: Final = 60
-"""How long a connection may stay open without a request."""
+"""How many seconds a connection can stay open without a request."""
 HANDSHAKE_S: Final = 20.0
 MAX_HEAD_BYTES: Final = 32_768
 """The largest head of a request. The head of a GET contains its message."""
 ACCEPT_PAUSE_S: Final = 0.1
-"""Pause before the next accept when the process is out of descriptors."""
+"""Pause in seconds before the next accept after an accept has failed."""
 ABORT_S: Final = 1.0
-"""Time for requests to end after their connections were closed."""
+"""How many seconds requests have to end after their connections were closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +45,17 @@ class HttpLimits:
 class HttpServer:
     """The HTTP server of one start. Use it on the event loop.
 
-    uvicorn speaks the protocol, but does not run the server: its `Server` takes the handlers of
-    signals, and ends the process when it cannot bind.
+    Of uvicorn only the protocol is used. Its class `Server` would replace the handlers of signals,
+    and would end the process when it cannot bind.
     """
 
     def __init__(self, app: Application, limits: HttpLimits, tls: HttpTls | None = None) -> None:
         """Make the server; it does not listen yet.
 
         Args:
-            tls: None: connections are not encrypted.
+            tls: the certificate of the server; None: connections are not encrypted.
         """
-        # Anybody who connects can cause its warnings.
+        # Warnings of uvicorn are not logged, because anybody who connects can cause them.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self._config = Config(
             app,
@@ -103,7 +103,7 @@ class HttpServer:
         await self._stop_accepting()
         for connection in list(self._table.live):
             if not connection.transport.is_closing():
-                connection.shutdown()  # after the response that is under way
+                connection.shutdown()  # closes after the response that is under way
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._wait_until_answered()
@@ -124,7 +124,7 @@ class HttpServer:
     async def _wait_until_answered(self) -> None:
         while self._table.tasks:
             await asyncio.wait(self._table.tasks)
-        while self._table.live:  # the last bytes of a response may wait for their reader
+        while self._table.live:  # the last bytes of a response can still be unsent
             await next(iter(self._table.live)).ended.wait()
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -142,7 +142,7 @@ class HttpServer:
             task = asyncio.create_task(self._connect(sock, connection))
             self._connecting.add(task)
             self._table.wait(task, task.cancel)
-            # Not in the task itself: one that is cancelled before its first step does nothing.
+            # Not in the task itself: a task that is cancelled before its first step runs no code.
             task.add_done_callback(partial(self._end_connecting, sock, connection))
 
     async def _connect(self, sock: socket.socket, connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""TLS of the HTTP server, with the certificate that gRPC uses. It notices changes of the files."""
+"""TLS of the HTTP server, with the certificate that gRPC uses. Changed files are read again."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from runrecovery_service.rpc.certificate_reload import ServerTls
 from runrecovery_service.rpc.certificates import Certificate, ssl_context
 
 FOLLOW_S: Final = 1.0
-"""The most time for the check of the files before a handshake, because a disk that hangs must not
-block it."""
+"""The most seconds that a handshake waits for the check of the files. A disk that hangs must not
+block the handshake."""
 
 
 class HttpTls:
-    """Makes the context of each new connection. Use it on the event loop."""
+    """Returns the TLS context of each new connection. Use it on the event loop."""
 
     def __init__(self, tls: ServerTls) -> None:
         self._tls = tls
@@ -24,9 +24,9 @@ class HttpTls:
         self._reading: asyncio.Task[Certificate] | None = None
 
     async def context(self) -> ssl.SSLContext:
-        """Return the context for a connection, with the files as they are now."""
+        """Return the context for a connection, after at most `FOLLOW_S` for reading the files."""
         if self._reading is None:
-            # One for all: threads that hang would use up those of others.
+            # One read for all connections: each read that hangs would block one more thread.
             self._reading = asyncio.create_task(asyncio.to_thread(self._tls.present))
         reading = self._reading
         await asyncio.wait({reading}, timeout=FOLLOW_S)
