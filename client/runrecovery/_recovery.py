@@ -179,7 +179,7 @@ class Recovery:
     ) -> recovery_service_pb2.PruneResponse:
         """Remove all data that has reached its age by the service's `[retention]`.
 
-        One call works for about 5 seconds. Repeat it until `done`.
+        One call works for about 5 seconds. Repeat the call until the response has `done` set.
 
         Args:
             dry_run: remove nothing, and return what would be removed. A dry run can take minutes if

@@ -34,7 +34,7 @@ class Call(Generic[ResultT_co]):
         path: `/package.Service/Method`.
         request: the message to send.
         decode: converts the bytes of the response into the result.
-        wait_for_ready: wait until the deadline for a server that does not run yet.
+        wait_for_ready: whether to wait until the deadline for a server that does not run yet.
     """
 
     path: str

@@ -30,7 +30,7 @@ class Sweep:
 
     Attributes:
         name: the name of the sweeper in the log, if its stop fails.
-        in_safe_mode: whether it also runs in safe mode.
+        in_safe_mode: whether the sweeper also runs in safe mode.
         stop_grace_s: seconds that its stop may take on top of `lifecycle.STEP_S`.
     """
 

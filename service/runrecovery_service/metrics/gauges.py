@@ -28,14 +28,14 @@ class Present:
 
     Attributes:
         state: the state of the service as a whole.
-        is_healthy: health says SERVING.
-        is_disk_low: a disk has less room than the floor.
+        is_healthy: whether the health check says SERVING.
+        is_disk_low: whether a disk has less room than `min_free_bytes`.
         engines: the configured engines.
         engines_in_use: turns under way, by engine.
         lease_left_s: seconds until the lease ends unless it is renewed.
         open_streams: the number of open streams, by method.
         webhooks_failing_since: the first failed try of each webhook since its latest delivery;
-            None: its latest try arrived.
+            None: its latest try has succeeded.
         report: the report of the recovery of this start; None until it is committed.
         removed: the number of removals by retention, by kind.
         runs, usage, backlogs: as in `collector.Counts`; None: the store has not answered yet.

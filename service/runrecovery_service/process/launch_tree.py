@@ -90,7 +90,7 @@ class LaunchTree:
         return next((each for each in self.pinned.values() if each.alive and each.is_shim), None)
 
     def count_scan(self, *, began: float, busy: bool) -> None:
-        """Count a scan that began at `began`. `busy`: it found a living process."""
+        """Count a scan that began at `began`. `busy`: the scan found a living process."""
         if busy:
             self.empty_scans = 0
             return

@@ -129,7 +129,7 @@ def environment(pid: int, proc: Proc | None = None) -> bytes:
 
 
 def cgroup(pid: int) -> str:
-    """Return the path of a process's cgroup (v2) below the mount; empty if it has ended."""
+    """Return the path of a process's cgroup (v2) below the mount; empty if there is none."""
     for line in read(f"/proc/{pid}/cgroup").splitlines():
         if line.startswith(b"0::"):
             return os.fsdecode(line[3:])

@@ -246,7 +246,7 @@ class Shim:
     # -- the last output -----------------------------------------------------------------------
 
     def _settle_output(self, rest: str) -> None:
-        """Wait until the service needs no more output, or save what it leaves.
+        """Wait until the service needs no more output, or save the output that the service leaves.
 
         While the service can still read the pipe, the shim must not read it. A service that has
         hung for longer than its lease can still do so, although the tree is dead.

@@ -12,7 +12,7 @@ from runrecovery_service.process import wire
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """The shim waits at the gate. `watermarked`: it has set the launch's watermark."""
+    """The shim waits at the gate. `watermarked`: the shim has set the launch's watermark."""
 
     watermarked: bool
 

@@ -36,8 +36,8 @@ OutputOf = Callable[[int, int], Path]
 """Returns the file with the output of a run's attempt. Arguments: the run's key, and the
 attempt."""
 COUNT_S: Final = 30.0
-"""The time limit of one recovery, in seconds. Turns not counted by then keep their reported
-usage."""
+"""The time limit for counting in one recovery, in seconds. Turns that are not counted by then keep
+the usage that they have reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Completes the kept output of killed turns, by an interface that `execution/` implements."""
+"""Completes the output files of killed turns, by an interface that `execution/` implements."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from runrecovery_service.storage.launch_records import LaunchRecord
 
 
 class CompletesOutput(Protocol):
-    """Appends the last output of agents to the kept output of their turns. Blocking."""
+    """Appends the last output of agents to the output files of their turns. Blocking."""
 
     def has_rest(self, launch: LaunchRecord) -> bool:
-        """Return whether the shim of a launch has saved output that its service had not kept."""
+        """Return whether the shim of a launch has saved output that its service did not write."""
         ...
 
     def complete(self, turn: OpenTurn) -> None:
-        """Append the saved output to the kept output of the turn."""
+        """Append the saved output to the output file of the turn."""
         ...
 
 

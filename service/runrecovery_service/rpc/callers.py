@@ -114,7 +114,7 @@ class CallerTable:
 
 @dataclass(slots=True, eq=False)
 class _OpenStream:
-    """A stream, its caller, and the limit that ends it. A limit ends a stream only once."""
+    """A stream, its caller, and the timeout by which the guard ends the stream, once at most."""
 
     context: Context
     caller: Caller
@@ -195,7 +195,7 @@ class CallerGuard:
             self._streams.discard(stream)
 
     async def admit(self, context: Context, method: str, needed: Role) -> Caller:
-        """Return the caller and set `CALLER` of this task to it; or end the call with its status.
+        """Admit a call: return its caller, and set `CALLER` of this task. Otherwise end the call.
 
         Call `release` afterwards. There are three reasons to end the call: neither its token nor
         its certificate belongs to a caller; the caller's role is less than `needed`; or the caller

@@ -43,7 +43,7 @@ class _Given:
 
 
 class ServerTls:
-    """The TLS of a server, which follows its files. Thread-safe."""
+    """The TLS of a server, which reads its files again when they change. Thread-safe."""
 
     def __init__(self, files: TlsFiles) -> None:
         """Read the files.

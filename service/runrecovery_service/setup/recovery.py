@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def build_recovery(parts: SharedParts) -> RecoveryRunner:
-    """Return the runner of the recovery at this start, and of the decisions at its stop."""
+    """Return the runner of the recovery at this start, and of the decisions at the planned stop."""
     settings = parts.settings
     at_start = Recovery(
         owner=parts.owner,

@@ -51,7 +51,8 @@ POSTGRESQL_CONNECTIONS: Final = 8
 STATEMENT_MOST_S: Final = 75.0
 """Time limit of a statement on a pooled PostgreSQL connection. The server's own limit is 60 s."""
 CLOSE_S: Final = 5.0
-"""How long a stop waits for running use cases. It then cuts them, and waits this long again."""
+"""How long a stop waits for running use cases. It then cuts their connections, and
+waits for the same time again."""
 
 log = structlog.get_logger()
 
@@ -106,7 +107,7 @@ class Storage:
 
     @property
     def is_shared(self) -> bool:
-        """Whether other machines can use the store. If so, only leases keep them apart."""
+        """Whether other machines can use the store. If so, only leases separate their services."""
         return not self._inline
 
     async def read_row(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -251,7 +252,7 @@ class Storage:
             raise
 
     def _replaced(self, reserved: ReservedConnection) -> ReservedConnection:
-        """Return the replacement of the lease's connection once it is connected.
+        """Return a new connection for the renewals of the lease, once it is connected.
 
         Until then the old connection stays open: perhaps it is just slow, and after a close another
         client could take the last connection of the server.
@@ -327,7 +328,7 @@ class Storage:
 
 
 def _on_primary(db: Database, read: Callable[[], R]) -> R:
-    """Run a read, and return its result if the primary server has answered it, not a standby."""
+    """Run a read. Return its result only if the primary server has answered, not a standby."""
     try:
         result = read()
     except RunRecoveryError:  # perhaps from a standby, which lacks the row

@@ -68,7 +68,7 @@ def run_keys(path: Path) -> list[int]:
 
 
 def waiting_runs(path: Path) -> dict[int, tuple[str, int]]:
-    """Return each run of a SQLite store that waits without a process: its run_id and version.
+    """Return by key the run_id and version of runs that wait without a process.
 
     While such a run keeps its version, the service does not change its files.
     """

@@ -194,7 +194,7 @@ class SharedPoll:
         self._stamp = (0, 0)
 
     def changed(self, counts: Mapping[int, int]) -> list[int]:
-        """Return the runs with new events since the last poll, and runs that it did not include."""
+        """Return the runs with new events since the last poll, and those missing in that poll."""
         before, self._counts = self._counts, counts
         return [key for key, count in counts.items() if before.get(key) != count]
 

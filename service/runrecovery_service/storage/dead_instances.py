@@ -66,7 +66,7 @@ def find_dead(db: Database, rules: TakeoverRules) -> list[str]:
 
 
 def engines_of(db: Database, instance: str) -> frozenset[str]:
-    """Return the engines that an instance has recorded, else those of its unfinished runs."""
+    """Return the engines that an instance has recorded; if none, those of its unfinished runs."""
     row = db.fetch_one("SELECT engines FROM instance WHERE name = ?", (instance,))
     told = json_value(row[0]) if row else None
     if isinstance(told, list) and told:

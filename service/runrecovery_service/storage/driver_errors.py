@@ -190,7 +190,7 @@ def fault_of(error: BaseException) -> Fault | None:
 
 
 def to_domain_error(error: Exception) -> StorageError | None:
-    """Return the domain error for a driver's error; None: it is a defect of the service."""
+    """Return the domain error for a driver's error; None: the error is a defect of the service."""
     fault = fault_of(error)
     return None if fault is None else fault.meaning(cause=fault.cause)
 

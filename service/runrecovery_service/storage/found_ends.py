@@ -101,7 +101,7 @@ def open_turns(
 
 
 def turn_of(db: Database, launch: LaunchRecord) -> OpenTurn | None:
-    """Return the turn of a launch, whatever the run's status; None if it is not the latest turn."""
+    """Return the turn of a launch, whatever the run's status; None if a later turn exists."""
     row = db.fetch_one(f"{_TURNS} AND l.id = ? AND l.cookie = ?", launch.identity)
     return None if row is None else _open_turn(row)
 

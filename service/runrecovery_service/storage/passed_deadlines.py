@@ -62,7 +62,7 @@ class PassedDeadline:
 
 
 def without_clock(columns: Mapping[str, object]) -> dict[str, object]:
-    """Return these columns so changed that the run's owner converts the deadlines to its clock."""
+    """Return these columns without a clock: the run's owner then converts the deadlines."""
     due = {name: 0 for name in DUE_COLUMNS if columns.get(name) is not None}
     return {**due, "due_clock": None}
 

@@ -231,7 +231,7 @@ def refused_as_read_only(error: BaseException) -> bool:
 
 
 def refused_as_full(error: BaseException) -> bool:
-    """Return whether a server or a pooler refused a connection because it has too many.
+    """Return whether a server or a pooler refused a connection because too many are open.
 
     The driver passes on no SQLSTATE of a refused connection. A server with messages in another
     language is not recognized.

@@ -119,7 +119,7 @@ def missing_for_start(db: Database) -> str | None:
 
 
 def missing_for_work(db: Database) -> str | None:
-    """Return which privileges on the tables are missing, as one text; None: none, or SQLite."""
+    """Return which privileges on the tables are missing, as one text; None if none is."""
     if db.dialect.kind is DatabaseKind.SQLITE:
         return None
     rights = Rights(db.fetch_all)

@@ -30,7 +30,7 @@ class ReservedConnection:
 
     @property
     def is_connected(self) -> bool | None:
-        """Whether `open` has succeeded; None while it is still under way."""
+        """Whether `open` has succeeded; None while the attempt is under way."""
         if self._opening is None or not self._opening.done():
             return None
         return self._opening.exception() is None

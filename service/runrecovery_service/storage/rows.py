@@ -110,7 +110,7 @@ def enum_from_text(kind: type[E], text: str | None) -> E | None:
 
 
 def finding_from(verdict: str | None, reason: str | None) -> SessionFinding | None:
-    """Return the finding of a session check from its columns; None: none, or unknown verdict."""
+    """Return the finding of a session check from its columns; None without a known verdict."""
     known = enum_from_text(SessionVerdict, verdict)
     return None if known is None else SessionFinding(known, enum_from_text(SessionReason, reason))
 

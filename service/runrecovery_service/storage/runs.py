@@ -65,7 +65,7 @@ _LEFT_OUT: Final = {
         "input": "NULL", "output": "NULL", "prompt": "''", "options": "'[]'", "tool_call": "NULL"
     },
 }  # fmt: skip
-"""By view: the columns that it does not read, and the SQL in their place."""
+"""The columns that each view does not read, and the SQL in their place."""
 
 
 def select(view: View = View.FULL) -> pw.ModelSelect[tables.Run]:

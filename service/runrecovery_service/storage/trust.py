@@ -37,7 +37,7 @@ class NotRemoved(StrEnum):
     FILE = "file"
     """The file does not exist or is empty."""
     RECORD = "record"
-    """The record is damaged, or its removal failed."""
+    """The record is damaged, or the removal of its entry raised an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
