@@ -25,6 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         *(caller(role, role) for role in ROLES),
         caller("only-sticky", "creator", engines=["sticky"]),
         caller("narrow", "viewer", max_calls=1),
+        caller("slow", "viewer", max_calls_per_s=1),
     ]
     path = tmp_path_factory.mktemp("http-callers")
     with Home(path, http_listen="127.0.0.1:0", callers=callers, token=token_of("operator")) as home:
@@ -189,6 +190,12 @@ def test_limits_of_a_caller_count_its_calls_over_grpc_and_http(
     assert (refused.status, refused.reason) == (429, "CALLER_OVERLOADED")
     assert refused.headers["retry-after"] == "1"
     until(lambda: narrow.post(GET_RUN, {"runId": "watched"}).status == 200, "there is room again")
+
+
+def test_a_call_counts_once_for_the_rate_of_its_caller(service: ServiceProcess) -> None:
+    slow = as_caller(service, "slow")
+
+    assert slow.post(GET_RUN, {"runId": "never-made"}).status == 404
 
 
 def test_refused_calls_are_logged_with_the_address_of_the_client(service: ServiceProcess) -> None:

@@ -130,6 +130,21 @@ async def test_a_weak_token_admits_nobody_even_if_its_digest_is_configured(token
         assert await admitted(guard, FakeContext(token)) == "UNAUTHENTICATED"
 
 
+async def test_the_question_whether_a_call_would_be_admitted_counts_no_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guard = CallerGuard(CallerTable([credentials("a", max_calls_per_s=1)]))
+    monkeypatch.setattr(guard, "now_s", lambda: 1000.0)
+    context = FakeContext(token_of("a"))
+
+    def would_admit() -> bool:
+        return guard.would_admit(cast("Any", context), Role.VIEWER)
+
+    assert [would_admit(), would_admit()] == [True, True]
+    assert await admitted(guard, context) == "a"
+    assert not would_admit()
+
+
 def test_code_outside_of_a_call_sees_no_run() -> None:
     caller = Context().run(CALLER.get)
 

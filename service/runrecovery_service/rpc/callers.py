@@ -204,7 +204,7 @@ class CallerGuard:
         try:
             caller = self._identify(context)
             caller.demand_role(needed)
-            self._demand_room(caller)
+            self._demand_room(caller, counts=True)
         except (CallerUnknown, Denied, CallerOverloaded) as error:
             self.record_refusal(context, method, error)
             await self.pace_refusal("" if isinstance(error, CallerUnknown) else error.caller)
@@ -215,11 +215,11 @@ class CallerGuard:
         return caller
 
     def would_admit(self, context: Context, needed: Role) -> bool:
-        """Return whether `admit` would return a caller now."""
+        """Return whether `admit` would return a caller now. Count no call."""
         try:
             caller = self._identify(context)
             caller.demand_role(needed)
-            self._demand_room(caller)
+            self._demand_room(caller, counts=False)
         except (CallerUnknown, Denied, CallerOverloaded):
             return False
         return True
@@ -247,7 +247,7 @@ class CallerGuard:
         """Record that a call of the caller has ended."""
         self._in_progress[caller.name] -= 1
 
-    def _demand_room(self, caller: Caller) -> None:
+    def _demand_room(self, caller: Caller, *, counts: bool) -> None:
         if caller.max_calls is not None and self._in_progress[caller.name] >= caller.max_calls:
             raise CallerOverloaded(caller.name, limit="calls in progress")
         if caller.max_calls_per_s is not None:
@@ -255,8 +255,11 @@ class CallerGuard:
             if rate is None:
                 rate = Rate(caller.max_calls_per_s, burst=caller.max_calls_per_s)
                 self._rates[caller.name] = rate
-            if rate.take(self.now_s()) is None:
+            now_s = self.now_s()
+            if rate.wait_s(now_s):
                 raise CallerOverloaded(caller.name, limit="calls in a second")
+            if counts:
+                rate.take(now_s)
 
     def _identify(self, context: Context) -> Caller:
         table = self._table

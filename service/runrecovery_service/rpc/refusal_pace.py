@@ -44,12 +44,16 @@ class Rate:
         If that is more than `within_s` seconds, return None and count nothing, so that an event
         that does not happen delays no later one.
         """
-        next_s = max(self._next_s, now_s - self._lead_s)
-        wait_s = next_s - now_s if next_s - now_s > ROUNDING_S else 0.0
+        wait_s = self.wait_s(now_s)
         if wait_s > within_s:
             return None
-        self._next_s = next_s + self._interval_s
+        self._next_s = max(self._next_s, now_s - self._lead_s) + self._interval_s
         return wait_s
+
+    def wait_s(self, now_s: float) -> float:
+        """Return the seconds until the next event may happen. Count nothing."""
+        wait_s = self._next_s - now_s
+        return wait_s if wait_s > ROUNDING_S else 0.0
 
 
 class RefusalPace:
