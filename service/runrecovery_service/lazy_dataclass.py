@@ -27,7 +27,7 @@ else:
         if cls is None:
             return lambda cls: dataclass(cls, frozen=frozen, eq=eq, order=order, **options)
         if cls.__doc__ is None:
-            cls.__doc__ = cls.__name__  # otherwise a signature, which takes longer than all else
+            cls.__doc__ = cls.__name__  # `make` would compute a signature, which takes longest
         own = frozenset(cls.__dict__)
         make = dataclasses.dataclass  # noqa: TID251 - adds the fields and the slots
         cls = make(init=False, repr=False, eq=False, **options)(cls)

@@ -106,5 +106,5 @@ def note_loss_while_down(
 def _read(place: Path) -> Renewal | None:
     try:
         return Renewal(**json.loads(read_start(place)))
-    except (OSError, ValueError, TypeError):  # none, or the machine has lost its end
+    except (OSError, ValueError, TypeError):  # no note, or a crash of the machine has cut it off
         return None

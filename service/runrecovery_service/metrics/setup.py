@@ -131,7 +131,7 @@ def build_metrics(sources: Sources, clock: Clock, *, max_connections: int) -> Me
 
     def all_families() -> Iterator[Family]:
         present = sources.present(stored)
-        for webhook in present.webhooks_failing_since:  # a reload may add some
+        for webhook in present.webhooks_failing_since:  # a reload can add webhooks
             for outcome in TRY_OUTCOMES:
                 sources.calls.meters.webhook_tries.show_zero(webhook, outcome)
         yield from gauges.families_of(present)

@@ -53,7 +53,7 @@ class PinnedTrees:
 
     @property
     def pinned(self) -> list[PinnedProcess]:
-        """All living processes, then the living shims."""
+        """All living processes except the shims, then the living shims."""
         shims = (tree.shim for tree in self.trees if tree.pinned)
         return [*self.living, *(shim for shim in shims if shim is not None)]
 
@@ -99,7 +99,7 @@ class PinnedTrees:
             return None
         try:
             pidfd = os.pidfd_open(member.proc.pid)
-        except OSError:  # it has ended, or no descriptor is left
+        except OSError:  # the process has ended, or no descriptor is left
             return None
         pinned = PinnedProcess(
             member=member,

@@ -238,7 +238,8 @@ class Shim:
                 return True
             if pid == self._agent:
                 code = os.waitstatus_to_exitcode(status)
-                # Before the report: a restart can then prove every exit that the service knew.
+                # Recorded before it is reported: a restart then finds every exit that the service
+                # knew.
                 self._write_fact(f'"event": "{wire.AGENT_EXITED}", "code": {code}')
                 user_us, system_us = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
                 self._report_event(f"{wire.EXITED} {code} {user_us} {system_us} {usage.ru_maxrss}")

@@ -8,8 +8,8 @@ from typing import Final
 from runrecovery_service.process import procfs
 
 WATERMARK_BITS: Final = 62
-"""The size of a watermark. Two launches in a billion years get the same number, and setrlimit does
-not take it for "unlimited"."""
+"""The size of a watermark. It makes equal numbers of two launches practically impossible, and
+setrlimit does not take the largest number for "unlimited"."""
 LEAST_WATERMARK_BITS: Final = 40
 
 

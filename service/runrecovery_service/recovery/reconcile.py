@@ -460,7 +460,7 @@ class Recovery:
                 if rows > SMALLEST_BATCH:
                     rows //= 2  # the batch took longer than the statement timeout of the database
                     continue
-                if db.dialect.kind is DatabaseKind.SQLITE:  # its lock covers all rows
+                if db.dialect.kind is DatabaseKind.SQLITE:  # one lock covers all rows
                     raise
                 busy, after = busy or error, batch.last
                 continue

@@ -1,7 +1,7 @@
 """Safe mode: after several unfinished starts in a row, the next start launches no process.
 
-The report of the start stores its mode. `background_work.py` then starts neither the dispatcher nor
-the tasks that are not safe.
+The report of the start stores its mode. In safe mode, `background_work.py` starts neither the
+dispatcher, nor the deadlines, nor a sweep whose `in_safe_mode` is False.
 """
 
 from __future__ import annotations

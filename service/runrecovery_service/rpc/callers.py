@@ -136,7 +136,7 @@ class CallerGuard:
 
         Args:
             log_interval_s: how often refused calls of one caller are logged.
-            pace: delays refusals; None: with the defaults.
+            pace: delays refusals; None: a `RefusalPace` with its defaults.
         """
         self._table = table
         self._in_progress: Counter[str] = Counter()

@@ -54,7 +54,7 @@ def _is_usable(certificate: bytes) -> bool:
 
 
 def _children(data: bytes) -> list[tuple[int, bytes]]:
-    """Return tag and content of each element."""
+    """Return tag and content of each element of a DER sequence."""
     return list(_elements(data))
 
 

@@ -366,7 +366,7 @@ def _is_listened_on(path: Path) -> bool:
             trial.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
             return False
-        except OSError:  # its queue is full, or connecting is not permitted
+        except OSError:  # a full queue, or no permission to connect
             return True
     return True
 

@@ -158,7 +158,8 @@ class MethodWrapper:
         """Return whether a caller may call the method now.
 
         A server asks this before it reads a request, so that a refused caller need not send it.
-        To refuse, it calls the handler in the same turn of the event loop, without a request.
+        To refuse, the server calls the handler in the same turn of the event loop, without a
+        request.
         """
         return self._guard is None or self._guard.would_admit(context, method.role)
 

@@ -152,7 +152,7 @@ class RecoveryService:
         await self._planning.acquire()  # one plan at a time: each reads every run, and files
         planning = asyncio.create_task(self._plan(after, limit))
         planning.add_done_callback(self._end_planning)
-        page, plan = await asyncio.shield(planning)  # its thread continues if the call ends
+        page, plan = await asyncio.shield(planning)  # the plan goes on if the call ends
         if plan is not None:
             recovery_messages.fill_plan(response.plan, plan)
         response.next_page_token = self._page_tokens.encode(scope, page.after)

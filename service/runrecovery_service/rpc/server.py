@@ -159,7 +159,7 @@ class GrpcServer:
                 log.error("rpc.server_ended", error=f"{type(error).__name__}: {error}")
             elif not self._must_replace(self._holder(address)):
                 continue
-            with suppress(Exception):  # it has ended already; only the new server matters
+            with suppress(Exception):  # the old server has ended; only the new one matters
                 await self._end()
             while not await self._replace(address):  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(CHECK_INTERVAL_S)
@@ -206,7 +206,7 @@ class GrpcServer:
             if str(error) != self._last_replace_error:
                 self._last_replace_error = str(error)
                 log.error("rpc.server_not_replaced", error=str(error))  # noqa: TRY400 - one line without a traceback
-            await self._server.stop(None)  # it may have bound a part of the address
+            await self._server.stop(None)  # a part of the address can be bound
             return False
         self._last_replace_error = ""
         log.warning("rpc.server_replaced")

@@ -100,7 +100,7 @@ def _stream_sockets() -> Iterator[socket.socket]:
                 continue
             # Duplicated, because another thread may close the descriptor and reuse its number.
             descriptor = os.dup(int(name))
-        except OSError:  # it was closed meanwhile
+        except OSError:  # the descriptor was closed meanwhile
             continue
         try:
             one = socket.socket(fileno=descriptor)

@@ -27,7 +27,8 @@ def filter_by_labels(
     """Restrict a query to runs that have all of these labels.
 
     Args:
-        by_run: whether the query is ordered by the run's key, as the rows of a label are.
+        by_run: whether the query is ordered by the run's key. The rows of each label have this
+            order.
 
     Returns:
         The query, and the column of the run's key to order the query by.

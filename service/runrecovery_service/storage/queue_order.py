@@ -51,7 +51,8 @@ def latest_entry(run: Run, queued_at: datetime) -> datetime:
     """Return when the run last entered a queue. A move to another instance's queue does not count.
 
     Args:
-        queued_at: the time that orders the queue; a recovery that queues the run again keeps it.
+        queued_at: the time that orders the queue; a recovery that queues the run again keeps this
+            time.
     """
     return queued_at if run.recovery is None else max(queued_at, run.recovery.recovered_at)
 

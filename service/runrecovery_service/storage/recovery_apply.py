@@ -176,9 +176,10 @@ def _apply_sql(
 ) -> str:
     """Return the UPDATE that changes a batch's runs as their newest decision says.
 
-    Parameters: those of `columns`, report, first and last key, instance, epoch; and the report
-    again unless `all_decided`. A run whose earlier decision still holds has no new decision. A
-    subquery reads the decision of each row, because a join would first copy every new row.
+    Parameters: those of `columns`, then report, first and last key, instance, epoch. Without
+    `all_decided`, the report follows once more. A run whose earlier decision still holds has no new
+    decision. A subquery reads the decision of each row, because a join would first copy every new
+    row.
     """
     # In SQLite a `+` makes the planner ignore the index of live runs. The index is faster only if
     # few runs of the range are live.

@@ -79,7 +79,7 @@ def facts_sql(dialect: SqlDialect) -> str:
 
 
 def _elsewhere_sql(dialect: SqlDialect, elsewhere: Fact) -> str:
-    """Return an SQL expression for the bits `elsewhere` of runs whose next turn needs a session."""
+    """Return an SQL expression: `elsewhere` if run `r` is to resume its session, else 0."""
     if not elsewhere:
         return "0"
     facts = fact_conditions(dialect)

@@ -48,7 +48,7 @@ def sqlite_store_id(path: Path) -> str | None:
     with contextlib.closing(connect_read_only(path)) as connection:
         try:
             row = connection.execute("SELECT store_id FROM store_identity").fetchone()
-        except sqlite3.OperationalError:  # of an older version, which the next start migrates
+        except sqlite3.OperationalError:  # an older store: the next start migrates it
             return None
     return None if row is None else str(row[0])
 

@@ -1,7 +1,7 @@
 """The tables as this version reads and writes them. `migrations/` creates them.
 
 Two tables are not declared here: `migration_checksum` and, in a SQLite store, `commit_count`.
-`migrate.py` and `commit_count.py` read them before the store may be used.
+`migrate.py` and `commit_count.py` read them before the store is used.
 """
 
 from __future__ import annotations

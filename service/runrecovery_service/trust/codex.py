@@ -226,10 +226,10 @@ class _Site:
                 self._collect(inner)
 
     def level(self) -> Field:
-        """Return the field of the trust level, which is known to exist.
+        """Return the field of the trust level. The parsed file has it.
 
         Raises:
-            TrustFileUnusable: the field was not found.
+            TrustFileUnusable: this module does not find the field in the text.
         """
         for field in self._fields:
             if field.path == self._target:
@@ -411,7 +411,7 @@ def _escaped(char: str) -> str:
 def _proved(
     source: Text, splices: Sequence[Splice], before: Document, values: Mapping[str, Any]
 ) -> bytes:
-    """Return the file with the splices, after a check of its meaning.
+    """Return the file with the splices, after a check of the parsed result.
 
     Each folder must have the given value (None: no value), and all else must be unchanged.
     """

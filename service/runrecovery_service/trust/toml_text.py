@@ -127,7 +127,7 @@ def _loads(body: str) -> Table:
         return tomllib.loads(body, parse_float=str.encode)
     except RecursionError:
         raise TrustFileUnusable(UnusableReason.TOO_DEEP, "nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError, and a number of more than 4300 digits
+    except ValueError as error:  # also raised for a number of more than 4300 digits
         raise TrustFileUnusable(UnusableReason.NOT_PARSABLE, _place(error)) from None
 
 
