@@ -729,8 +729,8 @@ class WatchRecoveredResponse(_message.Message):
     """The position of this response. A watch with this after_cursor resumes after it."""
     @_builtins.property
     def decision(self) -> Global___RecoveredRun:
-        """One decision. Decisions come in the order of the restarts, and within one restart in
-        the order of the runs.
+        """One decision. Decisions come in the order of the restarts, and within one restart by
+        the internal key of the run.
         """
 
     @_builtins.property

@@ -1,4 +1,4 @@
-"""Converts a launch record to the markers that prove which processes belong to the launch."""
+"""Converts a launch record to the markers by which the processes of the launch are found."""
 
 from __future__ import annotations
 

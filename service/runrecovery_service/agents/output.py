@@ -1,4 +1,4 @@
-"""Keeps the stdout and stderr of agents, per attempt and up to a limit."""
+"""Stores the stdout and stderr of agents, per attempt and up to a limit."""
 
 from __future__ import annotations
 

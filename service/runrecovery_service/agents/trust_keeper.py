@@ -50,7 +50,7 @@ launches can begin at once, and the edit of a large file takes seconds."""
 RESTART_LOCK_WAIT_S: Final = 5.0
 """How long a restart waits for the lock of a file."""
 RUN_END_LOCK_WAIT_S: Final = 2.0
-"""How long the end of a run waits for the lock of a file, while a caller may be waiting."""
+"""How long the end of a run waits for the lock of a file. A caller can be waiting meanwhile."""
 FIRST_CHUNK, CHUNK = 100, 500
 """How many entries the first edit removes, and the most that any edit removes."""
 QUICK_S: Final = 2.0

@@ -34,7 +34,7 @@ RECORD_CHECK: Final = timedelta(seconds=60)
 """Time between two tries to remove an entry whose record is damaged, or whose removal has failed.
 """
 FILE_GONE: Final = timedelta(seconds=60)
-"""How long a file must be missing before it counts as gone. Until then it may be being replaced."""
+"""How long a file must be missing before it counts as gone. A replaced file is missing briefly."""
 PLACE_GONE: Final = timedelta(days=7)
 """How long a file system must be missing before it counts as gone, and as never mounted again."""
 _BOM: Final = b"\xef\xbb\xbf"

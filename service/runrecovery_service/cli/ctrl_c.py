@@ -20,7 +20,7 @@ def exit_at_once() -> Iterator[None]:
     """
 
     def exit_now(_number: int, _frame: object) -> None:
-        with suppress(Exception):  # the signal may have interrupted a write
+        with suppress(Exception):  # the signal can have interrupted a write
             sys.stdout.flush()
         os._exit(INTERRUPTED)
 

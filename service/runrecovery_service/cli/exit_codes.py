@@ -36,7 +36,7 @@ class ExitCode(IntEnum):
     """The listen address cannot be bound."""
 
     UNAVAILABLE = 6
-    """The service (for `serve`: its database) does not answer, or not in time. A retry may help."""
+    """The service (for `serve`: its database) does not answer in time. A retry can succeed."""
 
     NOT_FOUND = 7
     """The run, report or name does not exist."""

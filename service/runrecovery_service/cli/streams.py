@@ -80,7 +80,7 @@ def prepare() -> None:
 
 def write_messages_in_background() -> None:
     """Write standard error from a thread, so that a slow reader blocks nothing."""
-    descriptor = os.dup(STDERR)  # the thread may block
+    descriptor = os.dup(STDERR)  # stays blocking: only the thread waits for it
     _make_non_blocking(STDERR)
     sys.stderr = cast("TextIO", BackgroundStream(descriptor, encoding=sys.stderr.encoding))
 

@@ -17,7 +17,7 @@ class RetentionKind(StrEnum):
     RUNS = "runs"
     """Ended runs: every row and every file."""
     OUTPUTS = "outputs"
-    """The kept output of ended runs."""
+    """The stored output of ended runs."""
     WORKSPACES = "workspaces"
     """The other files of ended runs: workspaces and the files of launches."""
     EVENTS = "events"

@@ -64,7 +64,7 @@ class Usage:
         return self._combine(more, 1)
 
     def minus(self, part: Usage) -> Usage:
-        """Return this usage without `part`. A number of the result may be negative.
+        """Return this usage without `part`. Numbers of the result can be negative.
 
         The result has the model of this usage.
         """

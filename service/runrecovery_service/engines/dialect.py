@@ -62,7 +62,7 @@ class UsageMessage:
 
     used: TurnUsage
     is_answering: bool = False
-    """The model has called no tool in its latest answer, so that this may be the last one."""
+    """Whether the model called no tool in its latest answer, which is then perhaps the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
