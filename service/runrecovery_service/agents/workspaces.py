@@ -4,7 +4,7 @@
 <runs_dir>/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)
 <runs_dir>/<run key>/<attempt>/permissions/    the files of the permission hook, 0700
 <runs_dir>/<run key>/<attempt>/shim-<turn>.log the journal of a launch, 0600
-<runs_dir>/<run key>/<attempt>/stdout-<turn>.rest   output that a killed service had not kept, 0600
+<runs_dir>/<run key>/<attempt>/stdout-<turn>.rest  output that a killed service did not store, 0600
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Workspaces:
         return self.attempt(run_key, attempt) / f"shim-{turn}.log"
 
     def output_rest(self, run_key: int, attempt: int, turn: int) -> Path:
-        """Return the file in which a shim saves output that its service has not kept."""
+        """Return the file in which a shim saves output that its service has not stored."""
         return self.attempt(run_key, attempt) / f"stdout-{turn}{REST_SUFFIX}"
 
     def permissions(self, run_key: int, attempt: int) -> Path:

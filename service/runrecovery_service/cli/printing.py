@@ -50,7 +50,7 @@ def word(message: Message, field: str) -> str:
 
 
 def time(at: Timestamp) -> str:
-    """Return a time in UTC to the second; a dash for an unset one."""
+    """Return a time in UTC to the second, or a dash if the time is unset."""
     if not (at.seconds or at.nanos):
         return "-"
     return at.ToDatetime(tzinfo=UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -26,7 +26,7 @@ class Moment:
 
 
 def moment(at: Timestamp) -> Moment | None:
-    """Return a time of the contract; None for an unset one."""
+    """Return a time of the contract, or None if the time is unset."""
     when = to_datetime(at)
     return None if when is None else moment_of(when)
 
@@ -43,7 +43,7 @@ def moment_of(when: datetime) -> Moment:
 
 
 def to_datetime(at: Timestamp) -> datetime | None:
-    """Return a time of the contract in UTC; None for an unset one."""
+    """Return a time of the contract in UTC, or None if the time is unset."""
     return at.ToDatetime(tzinfo=UTC) if at.seconds or at.nanos else None
 
 

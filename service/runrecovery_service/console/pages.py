@@ -54,7 +54,7 @@ class Site:
         return Contract(self._calls, visitor.origin)
 
     async def visitor_of(self, request: Request) -> Visitor | None:
-        """Return the visitor; None for one who must log in first."""
+        """Return the visitor, or None if the visitor must log in first."""
         visitor = self.visitors.visitor_of(request)
         if visitor is None and (token := self.visitors.token_in(request)):
             await self.record_wrong_token(request, token)

@@ -73,7 +73,7 @@ class Visitors:
         return self._guard is not None and bool(self._guard.table.known)
 
     def visitor_of(self, request: Request) -> Visitor | None:
-        """Return the visitor; None for one who must log in first."""
+        """Return the visitor, or None if the visitor must log in first."""
         if not self.needs_login:
             return self._anyone(request)
         token = self.token_in(request)

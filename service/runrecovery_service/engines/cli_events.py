@@ -31,7 +31,7 @@ class TextWritten:
 
 @dataclass(frozen=True, slots=True)
 class ToolCalled:
-    """The agent itself called a tool. Calls by its background tasks are not reported so."""
+    """The agent itself called a tool, and not one of its background tasks."""
 
     call_id: str
 
@@ -105,7 +105,7 @@ class CallReported:
 
 @dataclass(frozen=True, slots=True)
 class TurnFinished:
-    """The turn ended. `text`: its final text; None: its latest text is final. A turn can follow."""
+    """The turn ended. `text`: its final text; None: its latest text. Another turn can follow."""
 
     text: str | None = None
 

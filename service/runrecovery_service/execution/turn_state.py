@@ -137,7 +137,7 @@ class RecordUsage:
 
 @dataclass(frozen=True, slots=True)
 class RecordRetry:
-    """Record the event that the agent is waiting to call its model again."""
+    """Record, as an event of the run, that the agent is waiting to call its model again."""
 
     message: str
 

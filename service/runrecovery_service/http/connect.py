@@ -174,7 +174,7 @@ class ConnectHandler:
 
 
 class _Deadline(UntilGone):
-    """Like `UntilGone`, but the timeout is the caller's, and its end fails the call."""
+    """Like `UntilGone`, with the timeout that the caller has set. After it the call fails."""
 
     async def __aexit__(self, *caught: object) -> None:
         try:
