@@ -117,7 +117,7 @@ class UsageReader:
                 yield parsed
 
     def _output_lines(self, data: bytes) -> Iterator[JsonObject]:
-        """Yield the lines that have usage. Skip all others, because output can be anything."""
+        """Yield the lines that can have usage. Skip all others, because output can be anything."""
         for line in data.split(b"\n"):
             if any(mark in line for mark in self.ledger.marks):
                 parsed = json_object(line)
