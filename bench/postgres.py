@@ -59,11 +59,17 @@ class ScratchPostgres:
 def scratch_postgres(*settings: str, place: Path | None = None) -> Iterator[ScratchPostgres]:
     """Run a server for a `with` block, with settings like `"fsync=off"`, in a folder in `place`."""
     with start_keeper(settings, subprocess.PIPE, place=place) as keeper:
+        assert keeper.stdin is not None
         assert keeper.stdout is not None
-        folder = keeper.stdout.readline().decode().rstrip("\n")
-        if not folder:
-            raise RuntimeError("PostgreSQL did not start")
-        yield ScratchPostgres(Path(folder))
+        try:
+            folder = keeper.stdout.readline().decode().rstrip("\n")
+            if not folder:
+                raise RuntimeError("PostgreSQL did not start")
+            yield ScratchPostgres(Path(folder))
+        finally:
+            # After Ctrl-C, `with` would wait for a quarter of a second only.
+            keeper.stdin.close()
+            keeper.wait()
 
 
 def memory_place() -> Path | None:

@@ -278,6 +278,7 @@ async def test_readers_of_output_get_the_right_answer_before_the_files_of_a_run_
     class Watched(RunFiles):
         def remove(self, kind: RetentionKind, key: int) -> None:
             gone.append(retention.is_output_removed(machine.store.db, run))
+            machine.store.db.close()  # that of this thread
             raise Killed
 
     with pytest.raises(Killed):
