@@ -1,7 +1,7 @@
 """The seeded bugs: each changes one text of one file of the service, and its tests must catch it.
 
 They are chosen by kind: a guard that is left out, a comparison that is off by one, an order that is
-turned round, a scope that is too wide, a fact that is ignored.
+turned round, a scope that is too wide, a fact that is ignored, a state that is not reset.
 """
 
 from __future__ import annotations
@@ -405,5 +405,61 @@ MUTANTS: Final = (
         old="if len(data) > room:",
         new="if len(data) > room + 1:",
         test="tests/unit/test_output_files.py",
+    ),
+    Mutant(
+        name="outage-of-the-lease-never-ends",
+        file="lease_renewal.py",
+        old="        self.unrenewed.clear()\n",
+        new="",
+        test="tests/unit/test_lease_renewal.py",
+    ),
+    Mutant(
+        name="planned-stop-not-noted",
+        file="ownership.py",
+        old="await self.lease.note.keep_stop(stopped_us)",
+        new="self.lease.note.keep(stopped_us)",
+        test="tests/unit/test_renewal_note.py",
+    ),
+    Mutant(
+        name="loss-reported-at-every-start",
+        file="lifecycle.py",
+        old="        forget_loss(self.settings.data_dir)\n",
+        new="",
+        test="tests/unit/test_lifecycle.py",
+    ),
+    Mutant(
+        name="pause-of-an-earlier-step-kept",
+        file="periodic.py",
+        old="                pause_s = None\n",
+        new="",
+        test="tests/unit/test_periodic.py",
+    ),
+    Mutant(
+        name="request-during-a-try-forgotten",
+        file="webhooks/sender.py",
+        old="asked_s = await self._try(delivery)\n",
+        new="asked_s = await self._try(delivery)\n                at_once = self._at_once\n",
+        test="tests/webhooks/test_sender.py",
+    ),
+    Mutant(
+        name="folder-left-open",
+        file="retention/files.py",
+        old="self._move(name, folder, key)\n            finally:\n                os.close(folder)",
+        new="self._move(name, folder, key)\n            finally:\n                pass",
+        test="tests/retention/test_files.py",
+    ),
+    Mutant(
+        name="doubt-never-ends",
+        file="storage/changes.py",
+        old="self._run_keys, self._in_doubt = set(), False",
+        new="self._run_keys = set()",
+        test="tests/storage/test_change_feed.py",
+    ),
+    Mutant(
+        name="refused-run-not-counted",
+        file="storage/recovery_apply.py",
+        old="        on_commit(tally)\n        return tally\n    tally = Tally()",
+        new="        return tally\n    tally = Tally()",
+        test="tests/storage/test_planned_stop.py",
     ),
 )

@@ -91,6 +91,17 @@ def test_a_run_without_files_needs_nothing(runs: Path, kind: RetentionKind) -> N
     assert left(runs) in ([], [".removed"])
 
 
+@pytest.mark.parametrize("kind", [RUNS, OUTPUTS, WORKSPACES])
+def test_a_removal_leaves_no_folder_open(runs: Path, kind: RetentionKind) -> None:
+    make_run(runs, attempts=2)
+
+    RunFiles(runs).remove(kind, 7)
+    empty(runs)
+
+    opened = [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]
+    assert [name for name in opened if name.startswith(str(runs))] == []
+
+
 def test_links_are_removed_and_never_followed(runs: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     (outside / "folder").mkdir(parents=True)

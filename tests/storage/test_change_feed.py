@@ -65,6 +65,17 @@ async def test_a_commit_announces_the_runs_that_it_has_changed(storage: Storage)
         assert await changes.next(NOTHING_S) is None
 
 
+async def test_a_change_in_doubt_is_announced_once(storage: Storage) -> None:
+    """Each announcement makes the execution read every record."""
+    with storage.changes.subscribe() as changes:
+        with pytest.raises(StorageUnavailable):
+            await storage.write(failing(StorageUnavailable()))
+        assert await changed(changes) == announced(in_doubt=True)
+        await storage.write(touching(RUN))
+
+        assert await changed(changes) == announced(RUN)
+
+
 async def test_changes_before_a_subscription_are_not_announced_to_it(storage: Storage) -> None:
     await storage.write(touching(RUN))
 

@@ -6,7 +6,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from runrecovery_service.domain.webhook import WebhookEvent, WebhookFilter
 from runrecovery_service.process.ending_result import Ending
 from runrecovery_service.recovery import reconcile
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
+from runrecovery_service.recovery.last_output import CompletesOutput
 from runrecovery_service.recovery.reconcile import (
     Leftovers,
     RecordRemovals,
@@ -45,8 +46,10 @@ from runrecovery_service.storage import (
     use_case,
 )
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.found_ends import OpenTurn
 from runrecovery_service.storage.launch_records import LaunchRecord
-from runrecovery_service.storage.recovery_apply import Tally
+from runrecovery_service.storage.recovery_apply import Batch, Tally
+from runrecovery_service.storage.recovery_scope import ApplyScope
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import (
     DECIDED,
@@ -223,6 +226,7 @@ def make_recovery(
     sweep: Callable[[Sequence[LaunchRecord]], Mapping[int, Ending]] = one_process_ended,
     clear_trust: ClearTrust = clear_nothing,
     limits: RecoveryLimits | None = None,
+    outputs: CompletesOutput | None = None,
 ) -> Recovery:
     return Recovery(
         owner=store.owner,
@@ -234,6 +238,7 @@ def make_recovery(
             sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: Path("/nowhere")),
             launches=FakeLaunchEnder(sweep),
             trust=FakeTrustCleaner(clear_trust),
+            outputs=outputs,
         ),
     )
 
@@ -333,6 +338,40 @@ def test_the_next_start_reports_what_a_stop_ended_before_it_was_cut_off(
     assert (decision.recovery_reason, decision.processes_ended) == ("running_interrupted", 1)
 
 
+@dataclass
+class Outputs:
+    """Completes output, or fails; records the runs whose output it was to complete."""
+
+    fails: bool
+    runs: list[str] = field(default_factory=list)
+
+    def has_rest(self, _: LaunchRecord) -> bool:
+        return True
+
+    def complete(self, turn: OpenTurn) -> None:
+        self.runs.append(turn.run_id)
+        if self.fails:
+            raise Crash
+
+
+def test_output_that_a_start_could_not_complete_is_completed_by_the_next_start(
+    store: ServiceStore,
+) -> None:
+    """No start completes the output of a launch that is recorded as closed."""
+    turn = store.running()
+    run_id = turn.run.run_id
+    launch_records.record_gated(store.db, turn.launch, owner=store.owner, pid=7, start_ticks=9)
+    asked = [Outputs(fails=True), Outputs(fails=False)]
+    store.restart()
+    with pytest.raises(Crash):
+        recovered(store, Cause.STARTUP, outputs=asked[0])
+    store.restart()
+
+    recovered(store, Cause.STARTUP, outputs=asked[1])
+
+    assert [one.runs for one in asked] == [[run_id], [run_id]]
+
+
 def test_a_stop_that_fails_is_reported_and_the_next_start_decides(store: ServiceStore) -> None:
     made = one_of_each(store)
 
@@ -426,6 +465,29 @@ def test_the_report_of_a_failed_recovery_counts_the_committed_part_of_a_split_ba
     failed = reports.report_page(store.db, after=None, limit=1).rows[0]
     assert (failed.state, failed.runs_scanned) == (ReconciliationState.FAILED, 2)
     assert store.rows("SELECT count(*) FROM run WHERE recovery_count = 1") == [(2,)]
+
+
+def test_the_report_of_a_start_counts_a_run_that_the_database_refuses(
+    store: ServiceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = [store.create() for _ in range(3)][1]
+    store.restart()
+    apply_range = recovery_apply._apply_range
+
+    def refuse(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
+        if batch.first <= refused.key <= batch.last:
+            raise sqlite3.IntegrityError("refused")
+        return apply_range(db, scope, batch)
+
+    monkeypatch.setattr(recovery_apply, "_apply_range", refuse)
+
+    report = recovered(store, Cause.STARTUP)
+
+    assert (report.runs_scanned, report.quarantined) == (3, 1)
+    assert {one.rule: one.count for one in report.decisions} == {
+        "queued_interrupted": 2,
+        "record_damaged": 1,
+    }
 
 
 def test_a_completed_stop_does_not_reset_the_count_of_failed_starts(store: ServiceStore) -> None:

@@ -106,13 +106,13 @@ def test_twenty_models_of_an_engine_are_counted_separately_and_the_others_togeth
     store: ServiceStore,
 ) -> None:
     names = [f"m{number:02}" for number in range(22)]
-    for name in (*names, "m07", "two lines\n", "x" * 101, "ä"):
+    for name in ("ä", "", *names, "m07", "two lines\n", "x" * 101):
         store.end(store.running(), DONE, used=TurnUsage(turn=tokens(1, model=name)))
 
     twice = {"m07": 2, "other": 5}
     assert by_model(store) == [
         ("demo", twice.get(name, 1), tokens(twice.get(name, 1), model=name))
-        for name in (*names[:20], "other")
+        for name in ("", *names[:20], "other")
     ]
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.execution.lease_deadline import TreeDeadline
 from runrecovery_service.lease_renewal import LeaseRenewal
 from runrecovery_service.process.boot_clock import boot_time_ns
@@ -120,3 +121,36 @@ async def test_trees_live_by_the_start_of_a_renewal_and_not_by_its_answer() -> N
 
     assert heartbeats == [114 * 10**9]
     assert renewal.left_s == 11.0
+
+
+async def test_a_failed_renewal_is_repeated_early_and_a_success_ends_the_outage() -> None:
+    """A planned stop gives its decisions up while the outage lasts."""
+    seconds, fails = [100], [True]
+
+    async def renew(*_: object, **__: object) -> None:
+        if fails[0]:
+            raise StorageUnavailable
+
+    storage: Any = SimpleNamespace(is_shared=False, renew=renew)
+    deadline = TreeDeadline(0, now_ns=lambda: seconds[0] * 10**9)
+    turns: Any = SimpleNamespace(tree_deadline=deadline)
+    health: Any = SimpleNamespace(note=lambda *_, **__: None)
+    renewal = LeaseRenewal(
+        lease_ttl_s=15.0,
+        storage=storage,
+        owner=OWNER,
+        catalog=DEMO_ENGINES,
+        turns=turns,
+        health=health,
+        stop=StopSignal(),
+        note=None,
+    )
+
+    async def try_at(second: int) -> tuple[float | None, bool]:
+        seconds[0] = second
+        return await renewal.renew(), renewal.unrenewed.is_set()
+
+    assert await try_at(110) == (1.0, False)
+    assert await try_at(111) == (1.0, True)
+    fails[0] = False
+    assert await try_at(112) == (None, False)

@@ -19,6 +19,7 @@ from runrecovery_service.config.settings import ContainmentPolicy
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable
 from runrecovery_service.domain.start_errors import LeaseLost, RecoveryGaveUp, StoreLost
 from runrecovery_service.lifecycle import Service
+from runrecovery_service.lost_commits import note_loss, noted_loss
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 from structlog.testing import capture_logs
@@ -246,6 +247,25 @@ async def test_a_start_listens_and_recovers_before_it_launches_anything() -> Non
     ]
     journal.stop.request()
     await running
+
+
+async def test_a_noted_loss_is_forgotten_once_a_report_has_it_and_not_before(
+    tmp_path: Path,
+) -> None:
+    """Otherwise the reports of all later starts would have it too."""
+    note_loss(tmp_path, "commits are lost")
+    failed, served = Journal(), Journal()
+    for journal in (failed, served):
+        service = journal.service()
+        service.settings.data_dir = tmp_path  # type: ignore[misc] # a part that may be changed
+        if journal is failed:
+            journal.stop.request()
+            await service.run()
+            assert noted_loss(tmp_path) == "commits are lost"
+        else:
+            await stop(service, journal)
+
+    assert noted_loss(tmp_path) is None
 
 
 async def test_safe_mode_launches_nothing_ends_no_wait_and_removes_nothing() -> None:

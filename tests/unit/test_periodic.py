@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from runrecovery_service import periodic
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable
 from runrecovery_service.periodic import Backoff, PeriodicTask
 from runrecovery_service.stop_signal import StopSignal
@@ -109,6 +110,30 @@ async def test_a_step_may_name_the_pause_until_the_next_one(stop_signal: StopSig
     await task.finish()
 
     assert pauses == []
+
+
+async def test_a_failed_step_is_repeated_after_the_interval_whatever_an_earlier_step_named(
+    stop_signal: StopSignal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    async def pause(_: asyncio.Event, seconds: float) -> bool:
+        pauses.append(seconds)
+        return len(pauses) == 2
+
+    async def step() -> float:
+        if pauses:
+            raise StorageUnavailable
+        return 0.5
+
+    monkeypatch.setattr(periodic, "wait_within", pause)
+    task = PeriodicTask(
+        name="test", step=step, interval_s=3600.0, failure_event=FAILED, stop_signal=stop_signal,
+        first_wait_s=0.0,
+    )  # fmt: skip
+    await task.run()
+
+    assert pauses == [0.5, 3600.0]
 
 
 async def test_an_error_that_is_not_retried_ends_the_task(

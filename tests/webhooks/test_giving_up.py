@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 
 import pytest
@@ -138,6 +139,36 @@ async def test_a_run_that_fails_alone_is_given_up_alone(
 
     due = bench.store.rows("SELECT DISTINCT run FROM webhook_delivery WHERE given_up_at IS NULL")
     assert due == [(second.key,)]
+
+
+async def test_a_run_that_fails_again_after_a_success_is_tried_for_another_hour(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    codes = iter([500, 204, 500])
+    bench.receiving.behave = lambda _: next(codes)
+    canceled(bench)
+    bench.clock.advance(100 * HOUR)
+    paused: list[float] = []
+
+    async def pause(_: asyncio.Event, seconds: float) -> bool:
+        paused.append(seconds)
+        bench.clock.advance(0.9 * HOUR)
+        if len(paused) == 2:
+            await asyncio.Event().wait()
+        return False
+
+    async def fails_again() -> bool:
+        return len(paused) == 2
+
+    sender.pause = pause
+    sender.start()
+    await until_async(fails_again, "the second delivery has failed")
+    await sender.tidy()
+    assert sender.state.given_up == 0
+
+    bench.clock.advance(0.2 * HOUR)
+    await sender.tidy()
+    assert sender.state.given_up == 1
 
 
 async def test_what_was_given_up_is_deleted_after_thirty_days(

@@ -71,13 +71,41 @@ async def test_a_failed_delivery_is_tried_again_with_its_id_before_later_ones_of
 async def test_the_pause_begins_anew_with_each_delivery_and_honours_retry_after(
     bench: Bench, sender: WebhookSender
 ) -> None:
-    codes = iter([500, 500, 500, 204, 429, 204])
+    codes = iter([500, 500, 500, 204, 500, 429, 204])
     bench.receiving.behave = lambda _: next(codes)
     canceled(bench)
     sender.start()
     await bench.until_arrived(2)
 
-    assert (len(bench.pauses), bench.pauses[3]) == (4, 7.0)
+    assert (len(bench.pauses), bench.pauses[4]) == (5, 7.0)
+    assert 0.5 <= bench.pauses[3] <= 1.0
+
+
+async def test_a_request_to_try_again_during_a_failing_try_ends_the_pause_after_it(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    is_asked: list[bool] = []
+
+    async def pause(at_once: asyncio.Event, _: float) -> bool:
+        is_asked.append(at_once.is_set())
+        return True
+
+    codes = iter([500, 204, 204])
+    bench.receiving.behave = lambda _: next(codes)
+    bench.receiving.hanging = asyncio.Event()
+    sender.pause = pause
+    canceled(bench)
+    sender.start()
+
+    async def hangs() -> bool:
+        return bench.receiving.at_once == 1
+
+    await until_async(hangs, "a try is under way")
+    await sender.try_again()
+    bench.receiving.hanging.set()
+    await bench.until_arrived(2)
+
+    assert is_asked == [True]
 
 
 async def test_an_endpoint_that_was_away_for_an_hour_gets_everything_in_order(
