@@ -10,6 +10,7 @@ import pytest
 from runrecovery_service.domain.session_check import SessionReason, StoredHandle
 from runrecovery_service.engines.sessions import claude, codex, gemini
 from runrecovery_service.engines.sessions.lines import FOUND
+from support.processes import open_files
 from support.sessions import SessionHome, session_id, text_of
 
 
@@ -52,6 +53,18 @@ def test_a_codex_session_is_found_in_the_folder_of_any_day(
     file.rename(target)
 
     assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
+
+
+@pytest.mark.parametrize("content", ["whole", "empty", "damaged"])
+def test_a_checked_file_is_closed(tmp_path: Path, content: str) -> None:
+    home, handle = SessionHome("codex", tmp_path), session_id(1)
+    file = home.write(handle, tmp_path / "w")
+    if content != "whole":
+        file.write_bytes(b"" if content == "empty" else b"{")
+
+    home.check(handle, tmp_path / "w")
+
+    assert str(file) not in open_files(os.getpid())
 
 
 def test_a_bulk_check_lists_each_folder_of_codex_once(

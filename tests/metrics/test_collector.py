@@ -146,6 +146,23 @@ async def test_the_pause_after_a_read_begins_with_its_end_and_grows_with_its_dur
     assert reads == 2
 
 
+async def test_a_text_that_cannot_be_made_is_tried_again_by_the_next_scrape() -> None:
+    families = iter([RuntimeError("no text"), None])
+
+    def read() -> list[Family]:
+        if (error := next(families)) is not None:
+            raise error
+        return []
+
+    made = Collector(
+        stored=StoredCounts(read=Store().read, clock=FakeClock()), families=read, render=Renders()
+    )
+
+    with pytest.raises(RuntimeError, match="no text"):
+        await made.text()
+    assert await made.text() == b"text 1"
+
+
 async def test_other_scrapes_get_their_text_when_one_client_disconnects() -> None:
     store = Store()
     store.may_answer.clear()

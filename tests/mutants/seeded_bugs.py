@@ -462,4 +462,68 @@ MUTANTS: Final = (
         new="        return tally\n    tally = Tally()",
         test="tests/storage/test_planned_stop.py",
     ),
+    Mutant(
+        name="call-counted-twice-over-http",
+        file="rpc/callers.py",
+        old="self._demand_room(caller, counts=False)",
+        new="self._demand_room(caller, counts=True)",
+        test="tests/rpc/test_callers.py",
+    ),
+    Mutant(
+        name="cancel-swallowed-by-a-change",
+        file="rpc/gate.py",
+        old="        await wait_within(change, timeout_s)\n",
+        new="""        try:
+            await asyncio.wait_for(change.wait(), timeout_s)
+        except TimeoutError:
+            return
+""",
+        test="tests/rpc/test_gate.py",
+    ),
+    Mutant(
+        name="refusal-not-forgotten-after-success",
+        file="rpc/certificate_reload.py",
+        old='self._found, self._refused = found, ""',
+        new="self._found = found",
+        test="tests/rpc/test_tls.py",
+    ),
+    Mutant(
+        name="place-of-a-failed-handshake-not-released",
+        file="http/server.py",
+        old="            self._table.leave()\n",
+        new="",
+        test="tests/over_http/test_server.py",
+    ),
+    Mutant(
+        name="header-for-caches-dropped",
+        file="http/origins.py",
+        old='            return ((b"vary", b"origin"),)\n',
+        new="            return ()\n",
+        test="tests/over_http/test_origins.py",
+    ),
+    Mutant(
+        name="failed-text-kept",
+        file="metrics/collector.py",
+        old="""            self._until_s = monotonic() + TEXT_KEPT_S
+        finally:
+""",
+        new="""        finally:
+            self._until_s = monotonic() + TEXT_KEPT_S
+""",
+        test="tests/metrics/test_collector.py",
+    ),
+    Mutant(
+        name="descriptor-left-open",
+        file="engines/sessions/files.py",
+        old="        os.close(descriptor)\n",
+        new="        pass\n",
+        test="tests/engines/test_session_check_layouts.py",
+    ),
+    Mutant(
+        name="outage-logged-once-for-ever",
+        file="systemd.py",
+        old="        else:\n            self._failed = False\n",
+        new="",
+        test="tests/service/test_systemd.py",
+    ),
 )

@@ -123,6 +123,15 @@ def test_pages_of_a_named_origin_may_call_and_read_errors_too(http: HttpApi, ori
         assert "access-control-allow-credentials" not in reply.headers
 
 
+def test_a_cache_gives_a_response_without_an_origin_to_no_page_of_a_named_origin(
+    http: HttpApi,
+) -> None:
+    reply = http.post(GET_RUN, {"runId": "nobody"})
+
+    assert reply.headers["vary"] == "origin"
+    assert "access-control-allow-origin" not in reply.headers
+
+
 def test_a_stream_may_be_read_by_pages_of_a_named_origin(http: HttpApi) -> None:
     headers = {"Origin": APP, "Content-Type": "application/connect+json"}
 

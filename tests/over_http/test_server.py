@@ -6,11 +6,13 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from typing import cast
 
 import pytest
 from runrecovery_service.http import connections
 from runrecovery_service.http.asgi import ClientGone, Receive, Response, Scope, Send, UntilGone
 from runrecovery_service.http.server import HttpLimits, HttpServer
+from runrecovery_service.http.tls import HttpTls
 from support.waiting import patience_s, until_async
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
@@ -48,9 +50,24 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 1000.0)
 
 
+class FailedHandshakes:
+    """In place of `HttpTls`: the first handshakes fail, and later connections are plaintext."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    async def context(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError
+
+
 @asynccontextmanager
-async def serving(app: App, max_connections: int = 100) -> AsyncIterator[tuple[HttpServer, int]]:
-    server = HttpServer(app, HttpLimits(max_connections=max_connections, stall_s=60.0))
+async def serving(
+    app: App, max_connections: int = 100, tls: FailedHandshakes | None = None
+) -> AsyncIterator[tuple[HttpServer, int]]:
+    limits = HttpLimits(max_connections=max_connections, stall_s=60.0)
+    server = HttpServer(app, limits, cast("HttpTls | None", tls))
     port = await server.bind("127.0.0.1:0")
     try:
         yield server, port
@@ -170,6 +187,18 @@ async def test_places_of_closed_connections_are_free_again(app: App) -> None:
             async with connected(port) as (reader, writer):
                 writer.write(GET + b"Connection: close\r\n\r\n")
                 assert (await ended(reader)).startswith(b"HTTP/1.1 200")
+
+
+async def test_places_of_failed_handshakes_are_free_again(app: App) -> None:
+    async with serving(app, max_connections=1, tls=FailedHandshakes(3)) as (_, port):
+        for _ in range(3):
+            async with connected(port) as (refused, _):
+                assert await ended(refused) == b""
+
+        async with connected(port) as (reader, writer):
+            writer.write(GET + b"\r\n")
+
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
 
 
 async def test_a_stop_waits_for_requests_and_closes_silent_connections(app: App) -> None:

@@ -53,6 +53,13 @@ def open_watches(service: ServiceProcess) -> float:
     return value(scrape(service), "runrecovery_streams_open", method=method) or 0
 
 
+def test_a_proxy_is_told_to_hold_back_no_message_of_a_stream(http: HttpApi) -> None:
+    reply = http.request("POST", WATCH, envelope(b"{}"), STREAM_TYPE)
+
+    assert reply.headers["x-accel-buffering"] == "no"
+    assert reply.headers["cache-control"] == "no-store"
+
+
 def test_a_watch_sends_a_snapshot_then_each_event_and_ends_with_the_run(
     http: HttpApi, api: Api
 ) -> None:

@@ -328,6 +328,19 @@ async def test_call_over_the_limit_is_refused_and_status_still_answers() -> None
     assert details_of(caught.value)["ErrorInfo"].reason == "OVERLOADED"
 
 
+async def test_a_wait_that_is_cancelled_together_with_its_change_ends_as_cancelled() -> None:
+    gate = Gate()
+    waiting = asyncio.create_task(gate.wait(gate.change, timeout_s=60))
+    for _ in range(3):  # until it waits
+        await asyncio.sleep(0)
+
+    gate.set_listens(listens=False)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+
+    assert waiting.cancelled()
+
+
 async def test_a_cancelled_call_no_longer_counts_against_the_limit() -> None:
     runs = FakeRuns()
     async with serving(gate_that(Gate.open), runs, max_calls=1) as channel:

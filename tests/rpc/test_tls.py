@@ -308,6 +308,24 @@ def test_a_new_pair_that_is_broken_keeps_the_old_one(
     assert [event["log_level"] for event in logged] == ["info", "warning"]
 
 
+def test_each_replacement_that_is_refused_is_logged_also_for_the_same_reason(
+    files: Files, authority: Authority
+) -> None:
+    old, new = authority.issue(HOST), authority.issue(HOST)
+    half = Pair(certificate=new.certificate, key=old.key)
+    tls = ServerTls(files(old))
+    with capture_logs() as logged:
+        for pair in (half, new, half):
+            files(pair)
+            tls.present()
+
+    assert [one["event"] for one in logged] == [
+        "rpc.certificate_refused",
+        "rpc.certificate_loaded",
+        "rpc.certificate_refused",
+    ]
+
+
 def test_a_pair_that_becomes_valid_later_is_used_then(
     files: Files, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:

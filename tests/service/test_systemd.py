@@ -12,9 +12,10 @@ from typing import Final
 import pytest
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.systemd import SystemdNotifier
+from structlog.testing import capture_logs
 from support.engines import GOOD_ENGINES, agent
 from support.service import Home
-from support.waiting import until
+from support.waiting import until, until_async
 
 NewHome = Callable[..., Home]
 MORE_TIME: Final = "EXTEND_TIMEOUT_USEC=30000000"
@@ -29,6 +30,7 @@ class Systemd:
         self.socket.bind(address.replace("@", "\0", 1))
         self.socket.settimeout(0)
         self.messages: list[list[str]] = []
+        self._path = Path(address)
 
     def read(self) -> list[list[str]]:
         """Return all messages so far, each as its lines."""
@@ -37,6 +39,14 @@ class Systemd:
                 self.messages.append(self.socket.recv(4096).decode().split("\n"))
             except BlockingIOError:
                 return self.messages
+
+    def hide(self) -> None:
+        """Take the name of the socket away."""
+        self._path.rename(self._path.with_name("hidden"))
+
+    def show(self) -> None:
+        """Give the socket its name again."""
+        self._path.with_name("hidden").rename(self._path)
 
     def got(self, line: str) -> bool:
         """Return whether a message has this line."""
@@ -160,3 +170,34 @@ def test_a_socket_that_is_gone_is_logged_once(
     assert service.stop() == 0
     (logged,) = service.events("service.systemd_not_notified")
     assert logged["error"] == "No such file or directory"
+
+
+@pytest.mark.parametrize("address", ["path"], indirect=True)
+async def test_each_outage_of_the_socket_is_logged(systemd: Systemd, address: str) -> None:
+    gate = Gate()
+    notifier = SystemdNotifier(gate=gate, address=address, watchdog_s=None)
+
+    def messages() -> int:
+        return len(systemd.read())
+
+    async def send_one() -> None:
+        sent = messages()
+        gate.set_storage_answers(answers=not gate.storage_answers)
+        await until_async(lambda: _is(messages() > sent), "a message arrives")
+
+    with capture_logs() as logged:
+        notifier.start()
+        for outages in (1, 2):
+            await send_one()
+            systemd.hide()
+            for _ in range(2):
+                gate.set_storage_answers(answers=not gate.storage_answers)
+                await until_async(lambda: _is(len(logged) == outages), "it is logged")  # noqa: B023
+            systemd.show()
+        await notifier.stop()
+
+    assert [one["event"] for one in logged] == ["service.systemd_not_notified"] * 2
+
+
+async def _is(fact: bool) -> bool:  # noqa: FBT001 - the only argument
+    return fact

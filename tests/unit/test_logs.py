@@ -166,6 +166,23 @@ async def test_a_token_that_is_not_utf8_is_not_logged_and_writes_one_line() -> N
     assert CANARY not in stream.getvalue()
 
 
+def test_each_line_about_undecodable_metadata_counts_the_values_since_the_line_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times_s = [1000.0, 1001.0, 1059.9, 1060.0, 1120.0]
+    left_s = iter(times_s)
+    monkeypatch.setattr(logs, "monotonic", lambda: next(left_s))
+    stream, _ = configured(level=LogLevel.WARNING)
+
+    for _ in times_s:
+        logging.getLogger("grpc._cython.cygrpc").error("Invalid encoding on %s", CANARY)
+
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == [
+        f"Invalid encoding on metadata ({count} values since the line before)"
+        for count in (1, 3, 1)
+    ]
+
+
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import Enum, StrEnum, auto
 from typing import Final
 
+from runrecovery_service.clock import wait_within
 from runrecovery_service.domain.errors import (
     ReconciliationInProgress,
     SafeMode,
@@ -195,8 +196,7 @@ class Gate:
 
     async def wait(self, change: asyncio.Event, *, timeout_s: float) -> None:
         """Wait for the change, for at most `timeout_s` seconds."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(change.wait(), timeout_s)
+        await wait_within(change, timeout_s)
 
     def _set_state(self, state: ServiceState) -> None:
         if state is not self._state and not self.draining:
