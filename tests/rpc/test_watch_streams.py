@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, aclosing
 from datetime import UTC, datetime
 from typing import Any
@@ -12,10 +12,11 @@ import pytest
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery_service.domain.caller import ANYONE
+from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.reconciliation import Cause, RecoveredFilter
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
 from runrecovery_service.domain.steady_time import Due, SteadyTime
-from runrecovery_service.rpc import watch_streams
+from runrecovery_service.rpc import watch_streams, watched_runs
 from runrecovery_service.rpc.callers import CALLER
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.paging import PageTokens
@@ -29,14 +30,14 @@ from runrecovery_service.storage import (
     runs,
 )
 from runrecovery_service.storage.async_storage import Storage
-from runrecovery_service.storage.changes import Changes, SharedPoll
+from runrecovery_service.storage.changes import Changes, RunWaiters, SharedPoll
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.recovery_scope import ApplyScope
 
 RUN, OTHER = 7, 8
 
-Subscribe = Callable[[asyncio.Event], AbstractContextManager[None]]
+Subscribe = Callable[[asyncio.Event], AbstractContextManager[object]]
 Announce = Callable[[], None]
 
 
@@ -98,24 +99,32 @@ async def test_a_change_of_one_run_wakes_no_waiter_of_another() -> None:
     assert (mine.is_set(), other.is_set()) == (True, False)
 
 
-async def test_a_wake_up_without_news_does_not_postpone_the_bookmark(
+async def test_a_bookmark_is_due_some_time_after_the_latest_response(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watch_streams, "BOOKMARK_S", 0.3)
-    timer, woken = watch_streams._BookmarkTimer(sent=True), asyncio.Event()
-    woken.set()  # and is never cleared: it wakes all the time
+    monkeypatch.setattr(watch_streams, "BOOKMARK_S", 0.2)
+    woken, loop = asyncio.Event(), asyncio.get_running_loop()
+    with watch_streams._BookmarkTimer(woken, sent=True) as timer:
+        middle = asyncio.Event()
+        loop.call_later(0.1, middle.set)
+        await middle.wait()
+        timer.restart()
+        sent = loop.time()
+        async with asyncio.timeout(30):
+            await woken.wait()
+        assert (timer.left_s, loop.time() - sent >= 0.2) == (0, True)
 
-    async with asyncio.timeout(30):
-        while timer.left_s:
-            await timer.wait(woken)
-            await asyncio.sleep(0)
-
-    timer.restart()
-    assert timer.left_s > 0
+        woken.clear()
+        timer.restart()
+        async with asyncio.timeout(30):
+            await woken.wait()
+        assert timer.left_s == 0
 
 
 async def test_a_resumed_watch_gets_a_bookmark_at_once() -> None:
-    assert watch_streams._BookmarkTimer(sent=False).left_s == 0
+    woken = asyncio.Event()
+    with watch_streams._BookmarkTimer(woken, sent=False) as timer:
+        assert (timer.left_s, woken.is_set()) == (0, True)
 
 
 def test_a_poll_of_a_shared_store_announces_new_events_and_runs_that_are_newly_watched() -> None:
@@ -194,34 +203,165 @@ async def storage(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     await asyncio.to_thread(storage.close)
 
 
-@pytest.mark.parametrize("last_read", [runs.progress, events.events_after])
+def watch(watcher: RunWatcher, after: int | None = None) -> AsyncIterator[pb.WatchRunResponse]:
+    """Watch the run as a caller that may see every run."""
+    CALLER.set(ANYONE)
+    return parsed(watcher.stream(pb.WatchRunRequest(run_id="mine", after_sequence=after)))
+
+
+async def parsed(
+    stream: AsyncGenerator[pb.WatchRunResponse | bytes, None],
+) -> AsyncGenerator[pb.WatchRunResponse, None]:
+    async with aclosing(stream):
+        async for one in stream:
+            yield pb.WatchRunResponse.FromString(one) if isinstance(one, bytes) else one
+
+
+def kinds(told: Iterable[pb.WatchRunResponse]) -> list[tuple[int, str | None]]:
+    return [(one.sequence, one.WhichOneof("update")) for one in told]
+
+
+def sequences(responses: Iterable[bytes]) -> list[int]:
+    return [pb.WatchRunResponse.FromString(response).sequence for response in responses]
+
+
+async def cancel(storage: Storage, owner: Owner) -> None:
+    await storage.write(runs.cancel, "mine", owner=owner, etag=None, receipt=None, now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("last_read", "after", "first"),
+    [(runs.get, None, "snapshot"), (runs.progress, None, "snapshot"),
+     (events.events_after, 0, "event")],
+)  # fmt: skip
 async def test_an_event_during_the_read_of_a_run_watcher_is_sent(
     storage: Storage,
     database: Database,
     monkeypatch: pytest.MonkeyPatch,
     last_read: Callable[..., object],
+    after: int | None,
+    first: str,
 ) -> None:
     owner = claimed(database)
     created(database, owner)
-    read_row, cancels = storage.read_row, iter([runs.cancel])
+    (key,) = database.fetch_all("SELECT id FROM run")[0]
+    read_row, cancels = storage.read_row, iter([cancel])
 
     async def read_then_cancel(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
         found = await read_row(use, *args, **named)
-        if use is last_read:
-            for cancel in cancels:
-                await storage.write(cancel, "mine", owner=owner, etag=None, receipt=None, now=NOW)
+        if use is last_read and storage.changes.runs_watched:
+            for cancel_now in cancels:
+                await cancel_now(storage, owner)
         return found
 
     monkeypatch.setattr(storage, "read_row", read_then_cancel)
+    told = []
+    async with asyncio.timeout(20):
+        async for response in watch(RunWatcher(storage, Gate()), after):
+            told.append(response)
+            storage.changes.announce([key])  # a change without an event: only counters are read
+
+    assert kinds(told) == [(1, first), (2, "event")]
+
+
+async def test_watchers_of_a_run_read_and_serialize_a_change_once(
+    storage: Storage, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = claimed(database)
+    created(database, owner)
     CALLER.set(ANYONE)
-    stream = RunWatcher(storage, Gate()).stream(pb.WatchRunRequest(run_id="mine"))
+    watcher, request = RunWatcher(storage, Gate()), pb.WatchRunRequest(run_id="mine")
+    streams = [watcher.stream(request) for _ in range(20)]
+    for stream in streams:
+        await anext(stream)
+    read_row, reads = storage.read_row, list[Callable[..., object]]()
 
-    async with aclosing(stream), asyncio.timeout(20):
-        told = [response async for response in stream]
+    async def noted(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        reads.append(use)
+        return await read_row(use, *args, **named)
 
-    assert [(one.sequence, one.WhichOneof("update")) for one in told] == [
-        (1, "snapshot"), (2, "event"),
-    ]  # fmt: skip
+    monkeypatch.setattr(storage, "read_row", noted)
+    waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
+    await cancel(storage, owner)
+    async with asyncio.timeout(20):
+        sent = await asyncio.gather(*waiting)
+    for stream in streams:
+        await stream.aclose()
+
+    assert reads == [runs.progress, runs.get, events.events_after]
+    assert len({id(response) for response in sent}) == 1
+
+
+async def test_a_change_that_nobody_announced_is_sent_when_a_bookmark_is_due(
+    storage: Storage, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = claimed(database)
+    created(database, owner)
+    monkeypatch.setattr(watch_streams, "BOOKMARK_S", 0.05)
+    told, cancels = [], iter([runs.cancel])
+    async with asyncio.timeout(20):
+        async for response in watch(RunWatcher(storage, Gate())):
+            if response.HasField("bookmark"):
+                for unannounced in cancels:
+                    unannounced(database, "mine", owner=owner, etag=None, receipt=None, now=NOW)
+            else:
+                told.append(response)
+
+    assert kinds(told) == [(1, "snapshot"), (2, "event")]
+
+
+async def test_a_watcher_reads_again_what_another_watcher_failed_to_read(
+    storage: Storage, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = claimed(database)
+    created(database, owner)
+    watcher = RunWatcher(storage, Gate())
+    fails, reads = watch(watcher), watch(watcher)
+    for stream in (fails, reads):
+        await anext(stream)
+    read_row, failures = storage.read_row, iter([StorageUnavailable("cut")])
+
+    async def read_or_fail(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return await read_row(use, *args, **named)
+
+    monkeypatch.setattr(storage, "read_row", read_or_fail)
+    await cancel(storage, owner)
+    async with asyncio.timeout(20):
+        with pytest.raises(StorageUnavailable):
+            await anext(fails)
+        told = [response async for response in reads]
+
+    assert kinds(told) == [(2, "event")]
+
+
+@pytest.mark.parametrize(("shared", "kept"), [(1, [2]), (2, [1, 2])])
+async def test_only_a_short_history_is_kept_for_other_watchers(
+    storage: Storage,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    shared: int,
+    kept: list[int],
+) -> None:
+    monkeypatch.setattr(watched_runs, "SHARED_EVENTS", shared)
+    owner = claimed(database)
+    created(database, owner)
+    await cancel(storage, owner)
+    run = await storage.read_row(runs.get, "mine")
+    watched = watched_runs.WatchedRun(storage, "mine", run.key, RunWaiters())
+    state = await watched.state(missed_changes=False)
+
+    found = [
+        [
+            pb.WatchRunResponse.FromString(response).sequence
+            for response in await watched.responses(state, after)
+        ]
+        for after in (0, 1, 2)
+    ]
+
+    assert found == [[1, 2], [2], []]
+    assert [pb.WatchRunResponse.FromString(response).sequence for response in state.latest] == kept
 
 
 async def test_a_decision_during_the_read_of_a_watcher_is_sent(

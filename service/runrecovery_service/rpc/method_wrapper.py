@@ -40,7 +40,9 @@ if TYPE_CHECKING:  # not imported where traces are off
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Unary: TypeAlias = Callable[[Message], Awaitable[Message]]
-Stream: TypeAlias = Callable[[Message], AsyncGenerator[Message, None]]
+Responses: TypeAlias = AsyncGenerator[Message | bytes, None]
+"""The responses of a stream. Those that many streams share are serialized already."""
+Stream: TypeAlias = Callable[[Message], Responses]
 
 log = structlog.get_logger()
 
@@ -191,11 +193,12 @@ class MethodWrapper:
     ) -> AbstractAsyncContextManager[None]:
         return nullcontext() if self._guard is None else self._guard.while_admitted(context, caller)
 
-    async def _send_all(self, context: Context, responses: AsyncGenerator[Message, None]) -> None:
+    async def _send_all(self, context: Context, responses: Responses) -> None:
         is_first = True
         async with aclosing(responses):
             async for response in responses:
-                await self._send(context, response.SerializeToString(), first=is_first)
+                data = response if isinstance(response, bytes) else response.SerializeToString()
+                await self._send(context, data, first=is_first)
                 is_first = False
 
     async def _send(self, context: Context, data: bytes, *, first: bool) -> None:

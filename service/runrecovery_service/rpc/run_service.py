@@ -167,7 +167,9 @@ class RunService:
         run_messages.fill_run(response.run, await self._commit("CancelRun", write))
         return response
 
-    def watch_run(self, request: pb.WatchRunRequest) -> AsyncGenerator[pb.WatchRunResponse, None]:
+    def watch_run(
+        self, request: pb.WatchRunRequest
+    ) -> AsyncGenerator[pb.WatchRunResponse | bytes, None]:
         """Stream the events of a run."""
         return self._watcher.stream(request)
 

@@ -84,11 +84,25 @@ class Subscription:
         self._woken.set()
 
 
+class RunWaiters:
+    """The events that a change of one run sets, and how many changes were announced to them."""
+
+    def __init__(self) -> None:
+        self.events: set[asyncio.Event] = set()
+        self.changes = 0
+
+    def wake(self) -> None:
+        """Announce a change."""
+        self.changes += 1
+        for event in self.events:
+            event.set()
+
+
 class Changes:
     """Watchers and subscribers of one store."""
 
     def __init__(self) -> None:
-        self._by_run: dict[int, set[asyncio.Event]] = {}
+        self._by_run: dict[int, RunWaiters] = {}
         self._of_decisions: set[asyncio.Event] = set()
         self._of_all_runs: set[asyncio.Event] = set()
         # In the order of their beginning, so that they always wake in the same order.
@@ -105,15 +119,15 @@ class Changes:
         return bool(self._of_decisions)
 
     @contextmanager
-    def of_run(self, run_key: int, event: asyncio.Event) -> Iterator[None]:
-        """Set the event with every change of a run."""
-        waiting = self._by_run.setdefault(run_key, set())
-        waiting.add(event)
+    def of_run(self, run_key: int, event: asyncio.Event) -> Iterator[RunWaiters]:
+        """Set the event with every change of a run. All that wait for a run share the waiters."""
+        waiters = self._by_run.setdefault(run_key, RunWaiters())
+        waiters.events.add(event)
         try:
-            yield
+            yield waiters
         finally:
-            waiting.discard(event)
-            if not waiting and self._by_run.get(run_key) is waiting:
+            waiters.events.discard(event)
+            if not waiters.events and self._by_run.get(run_key) is waiters:
                 del self._by_run[run_key]
 
     @contextmanager
@@ -153,8 +167,8 @@ class Changes:
     def wake_watchers(self, run_keys: Collection[int]) -> None:
         """Wake the watchers of these runs, but no subscriber."""
         for key in run_keys:
-            for event in self._by_run.get(key, ()):
-                event.set()
+            if (waiters := self._by_run.get(key)) is not None:
+                waiters.wake()
         if run_keys:
             for event in self._of_all_runs:
                 event.set()
