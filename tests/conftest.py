@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,6 +70,11 @@ hypothesis.settings.load_profile("any load")
 # they keep the compiled ones, as pip does where it installs.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Tests are not in UTC: a time that is read or written in the zone of the machine is then another
+# one. This form needs no database of time zones.
+os.environ["TZ"] = "TEST-05:45"
+time.tzset()
 
 # By default, structlog prints an exception with the values of all variables, which takes a second.
 structlog.configure(

@@ -400,6 +400,20 @@ MUTANTS: Final = (
         test="tests/config",
     ),
     Mutant(
+        name="time-without-zone-is-local",
+        file="cli/parameters.py",
+        old="at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)",
+        new="at.astimezone(UTC)",
+        test="tests/cli/test_runs.py",
+    ),
+    Mutant(
+        name="trust-file-not-synced",
+        file="trust/files.py",
+        old="        os.fsync(descriptor)\n\n\ndef _set_owner",
+        new="\n\ndef _set_owner",
+        test="tests/trust/test_edit_preserves.py",
+    ),
+    Mutant(
         name="truncated-output-not-said",
         file="agents/output.py",
         old="if len(data) > room:",

@@ -41,11 +41,13 @@ async def test_a_stream_is_counted_with_its_code(
             raise error
 
     meters = Meters()
-    call = CallMeter(meters).stream("s.Watch", respond)
+    meter = CallMeter(meters)
+    call = meter.stream("s.Watch", respond)
     with suppress(asyncio.CancelledError, grpc.aio.AbortError):
         await call(b"", cast("Context", Sent(sent)))
 
     assert meters.calls.values == {("s.Watch", counted): 1}
+    assert meter.open_streams == {"s.Watch": 0}
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,31 @@ def test_the_last_three_versions_are_kept_the_newest_first(config: Path) -> None
     assert len(side_files(config.parent)) == 3
 
 
+def test_the_new_file_is_on_disk_before_it_replaces_the_old_one_and_its_name_afterwards(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, replace = os.fsync, os.replace
+    synced: list[str] = []
+    before_replacement: list[str] = []
+
+    def note_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def note_replacement(source: Path, target: Path) -> None:
+        if target == config:
+            assert str(source) in synced
+            before_replacement.extend(synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replacement)
+    replace_text(config, b"new")
+
+    assert config.read_bytes() == b"new"
+    assert synced[len(before_replacement) :] == [str(config.parent)]
+
+
 def test_an_edit_that_changes_nothing_writes_nothing(config: Path) -> None:
     before = config.stat()
 
