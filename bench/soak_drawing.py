@@ -66,7 +66,8 @@ def _panel(
     signals: Sequence[tuple[float, str]],
 ) -> Iterator[str]:
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    top, last = max(*sizes, 1.0) * 1.1, minutes[-1]
+    highest, last = max(sizes) or 1.0, minutes[-1]
+    top = highest * 1.1
     floor = TOP + inner_height
 
     def x_of(minute: float) -> float:
