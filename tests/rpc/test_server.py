@@ -89,7 +89,10 @@ class FakeStorage:
         self.has_read.set()
         return self.unended if use is launch_records.unended_launches else []
 
-    async def write(self, *arguments: Any, **keywords: Any) -> Run:
+    def start_write(self, *arguments: Any, **keywords: Any) -> asyncio.Future[Run]:
+        return asyncio.ensure_future(self._write(*arguments, **keywords))
+
+    async def _write(self, *arguments: Any, **keywords: Any) -> Run:
         self.writes.append((*arguments, keywords))
         self.began.set()
         await self.commit.wait()

@@ -15,7 +15,12 @@ from typing import Any, TypeVar
 from runrecovery_service.metric_counters import Histogram
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.group_commit import WRITES_PER_COMMIT, GroupCommitWriter, _Write
+from runrecovery_service.storage.group_commit import (
+    WRITES_PER_COMMIT,
+    Answer,
+    GroupCommitWriter,
+    _Write,
+)
 from runrecovery_service.storage.reserved_connection import ReservedConnection
 from runrecovery_service.storage.storage_threads import StorageThreads
 from simulation.world import World
@@ -63,16 +68,16 @@ class LoopWriter(GroupCommitWriter):
         self._queued: list[_Write] = []
         self._is_due = False
 
-    def submit(self, use: Callable[[Database], R], *, in_transaction: bool = False) -> Future[R]:
+    def put(
+        self, use: Callable[[Database], R], answer: Answer[R], *, in_transaction: bool = False
+    ) -> None:
         """Queue a write."""
-        future: Future[R] = Future()
-        self._queued.append(_Write(use, future, in_transaction=in_transaction))
+        self._queued.append(_Write(use, answer, in_transaction=in_transaction))
         if self._world.loop.is_blocked:
             self._flush()
         elif not self._is_due:
             self._is_due = True
             self._world.loop.call_later(self._world.latency_s(), self._flush)
-        return future
 
     def close(self, within_s: float | None = None) -> None:
         """Finish the queued writes."""
@@ -81,7 +86,7 @@ class LoopWriter(GroupCommitWriter):
     def _flush(self) -> None:
         self._is_due = False
         queued, self._queued = self._queued, []
-        batch = [one for one in queued if one.future.set_running_or_notify_cancel()]
+        batch = [one for one in queued if one.answer.set_running_or_notify_cancel()]
         while batch:
             part, batch = batch[:WRITES_PER_COMMIT], batch[WRITES_PER_COMMIT:]
             try:

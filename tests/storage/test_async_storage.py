@@ -118,6 +118,49 @@ async def test_a_hundred_callers_at_once_all_get_their_result(
     assert len({run.run_id for run in read}) == 100
 
 
+async def test_of_writes_at_once_each_caller_gets_its_own_outcome(storage: Storage) -> None:
+    def write(number: int) -> Callable[[Database], int]:
+        def use(db: Database) -> int:
+            if number % 3 == 0:
+                raise RunNotFound(str(number))
+            if number == 50:
+                raise ZeroDivisionError
+            return number
+
+        return use
+
+    outcomes = await asyncio.gather(
+        *(storage.write(write(number)) for number in range(100)), return_exceptions=True
+    )
+
+    found = [each if isinstance(each, int) else type(each) for each in outcomes]
+    expected = [RunNotFound if number % 3 == 0 else number for number in range(100)]
+    assert found == [*expected[:50], ZeroDivisionError, *expected[51:]]
+    assert str(outcomes[27]) == str(RunNotFound("27"))
+
+
+async def test_a_write_whose_caller_is_gone_before_it_begins_is_dropped(
+    store: ServiceStore, storage: Storage
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    many = 8  # all connections of the pool of PostgreSQL
+
+    def wait(db: Database) -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    waiting = [storage.start_write(wait) for _ in range(many)]
+    await asyncio.to_thread(begun.wait)
+    dropped, kept = storage.start_write(add("a")), storage.start_write(add("b"))
+    dropped.cancel()
+    await asyncio.sleep(0)  # the pool learns of the cancel in the next turn of the loop
+    go_on.set()
+
+    assert await kept == "b"
+    await asyncio.gather(*waiting)
+    assert await storage.read(traces) == ["b"]
+
+
 async def test_a_failing_database_is_reported_as_unavailable_and_used_again_afterwards(
     store: ServiceStore, storage: Storage
 ) -> None:

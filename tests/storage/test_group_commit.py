@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import peewee as pw
 import pytest
@@ -19,6 +20,8 @@ from runrecovery_service.storage.group_commit import WRITES_PER_COMMIT, GroupCom
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.use_case import retried
 from storage.service_store import ServiceStore
+
+R = TypeVar("R")
 
 
 class CountingDatabase(Database):
@@ -80,6 +83,15 @@ def traces(db: Database) -> list[str]:
     return [row[0] for row in db.fetch_all("SELECT request_id FROM request_receipt ORDER BY 1")]
 
 
+def submit(
+    writer: GroupCommitWriter, use: Callable[[Database], R], *, in_transaction: bool = False
+) -> Future[R]:
+    """Queue a write, and return the future of its result."""
+    future: Future[R] = Future()
+    writer.put(use, future, in_transaction=in_transaction)
+    return future
+
+
 def submit_together(
     db: Database, uses: list[Callable[[Database], str]], *, in_transaction: bool = False
 ) -> list[Future[str]]:
@@ -90,9 +102,9 @@ def submit_together(
         begun.set()
         release.wait()
 
-    writer.submit(wait)
+    submit(writer, wait)
     begun.wait()
-    futures = [writer.submit(use, in_transaction=in_transaction) for use in uses]
+    futures = [submit(writer, use, in_transaction=in_transaction) for use in uses]
     release.set()
     writer.close()
     return futures
@@ -173,9 +185,9 @@ def test_a_shared_commit_that_fails_is_repeated_write_by_write(counting: Countin
         begun.set()
         release.wait()
 
-    first = writer.submit(wait)
+    first = submit(writer, wait)
     begun.wait()
-    futures = [writer.submit(add(name)) for name in names]
+    futures = [submit(writer, add(name)) for name in names]
     first.add_done_callback(lambda done: setattr(counting, "failing", 1))
     release.set()
     writer.close()
@@ -195,7 +207,7 @@ def test_an_error_of_the_log_does_not_end_the_writer(
     batch = submit_together(counting, [broken("a"), add("b")])
     writer = GroupCommitWriter(counting)
 
-    later = writer.submit(add("c"))
+    later = submit(writer, add("c"))
     writer.close()
 
     assert later.result() == "c"
@@ -209,9 +221,9 @@ def test_a_write_that_is_canceled_before_it_begins_is_not_done(counting: Countin
         begun.set()
         release.wait()
 
-    writer.submit(wait)
+    submit(writer, wait)
     begun.wait()
-    given_up, kept = writer.submit(add("a")), writer.submit(add("b"))
+    given_up, kept = submit(writer, add("a")), submit(writer, add("b"))
     assert given_up.cancel()
     release.set()
     writer.close()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,11 @@ def test_no_write_of_a_shared_commit_is_acknowledged_after_the_loss(
     def lose(db: Database) -> None:
         (tmp_path / f"{NAME}-wal").unlink()
 
-    futures = [writer.submit(lambda db: add(db, "first")), writer.submit(lose)]
-    futures += [writer.submit(lambda db, n=n: add(db, f"w{n}")) for n in range(100)]  # type: ignore[misc]
+    uses: list[Callable[[Database], None]] = [lambda db: add(db, "first"), lose]
+    uses += [lambda db, n=n: add(db, f"w{n}") for n in range(100)]  # type: ignore[misc]
+    futures: list[Future[None]] = [Future() for _ in uses]
+    for use, future in zip(uses, futures, strict=True):
+        writer.put(use, future)
     writer.close()
 
     answers = [future.exception() for future in futures]

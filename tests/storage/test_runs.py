@@ -25,6 +25,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.domain.turn import Failed, Succeeded
+from runrecovery_service.domain.usage import Budget
 from runrecovery_service.storage import instances, run_pages, runs
 from runrecovery_service.storage.database import Stale
 from storage.service_store import ServiceStore, boot, receipt
@@ -40,10 +41,20 @@ def test_a_created_run_is_read_back_as_it_was_given(store: ServiceStore) -> None
         profile=Profile.STICKY_PROCESS,
         restart_policy=RestartPolicy.REQUEUE,
         max_attempts=3,
+        session_timeout_s=1.00000049,
+        require_user_reply=False,
+        max_run_s=7.00000051,
+        max_resumes=2,
+        budget=Budget(max_tokens=5, max_cost_nanos=6),
         input={"n": [1, 2.5, None, {"deep": True}], "quote'?%s": "%"},
+        created_by="ann",
+        traceparent="00-trace",
     )
 
     assert run == runs.get(store.db, "mine")
+    assert (run.session_timeout_s, run.max_run_s, run.max_resumes) == (1.0, 7.000001, 2)
+    assert (run.require_user_reply, run.budget) == (False, Budget(max_tokens=5, max_cost_nanos=6))
+    assert (run.created_by, run.traceparent) == ("ann", "00-trace")
     assert (run.status, run.engine, run.labels) == (RunStatus.QUEUED, "codex", {"a": "ä"})
     assert run.input == {"n": [1, 2.5, None, {"deep": True}], "quote'?%s": "%"}
     assert (run.profile, run.restart_policy) == (Profile.STICKY_PROCESS, RestartPolicy.REQUEUE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from datetime import datetime
 from functools import partial
 from typing import TypeVar
@@ -81,7 +81,6 @@ class RunService:
         self._storage = deps.storage
         self._gate = gate
         self._watcher = RunWatcher(deps.storage, gate)
-        self._committing: set[asyncio.Task[Run]] = set()
 
     async def create_run(self, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
         """Record a run and queue it."""
@@ -91,7 +90,7 @@ class RunService:
         engine = self._deps.catalog.get(request.engine)
         validation.require_valid(validation.fits_engine(request, engine))
         now = self._deps.clock.now()
-        write = self._storage.write(
+        write = self._storage.start_write(
             runs.create,
             self._new_run(request, engine, now),
             owner=self._deps.owner,
@@ -135,7 +134,7 @@ class RunService:
         """Record the answer to a question."""
         validation.require_valid(validation.submit_reply(request))
         await demand_visible(self._storage, request.run_id)
-        write = self._storage.write(
+        write = self._storage.start_write(
             interactions.reply,
             request.run_id,
             request.interaction_id,
@@ -154,7 +153,7 @@ class RunService:
         """Cancel a run, or record that it is to be canceled."""
         validation.require_valid(validation.cancel_run(request))
         await demand_visible(self._storage, request.run_id)
-        write = self._storage.write(
+        write = self._storage.start_write(
             runs.cancel,
             request.run_id,
             owner=self._deps.owner,
@@ -181,7 +180,7 @@ class RunService:
         if await self._storage.read_row(requests.find_effect, make_receipt(request)) is None:
             found = await self._storage.read_row(reopening.find_candidate, request.run_id)
             await self._check_session_usable(found, handle)
-        write = self._storage.write(
+        write = self._storage.start_write(
             reopening.reopen,
             request.run_id,
             handle=handle,
@@ -280,19 +279,16 @@ class RunService:
             traceparent=TRACEPARENT.get(),
         )
 
-    async def _commit(self, method: str, write: Coroutine[object, object, Run]) -> Run:
+    async def _commit(self, method: str, write: asyncio.Future[Run]) -> Run:
         """Finish the write, and log its caller, even if the caller cancels its call."""
-        task = asyncio.create_task(write)
-        self._committing.add(task)
-        task.add_done_callback(partial(self._end_commit, method, caller_name()))
-        return await asyncio.shield(task)
+        write.add_done_callback(partial(self._end_commit, method, caller_name()))
+        return await asyncio.shield(write)
 
-    def _end_commit(self, method: str, caller: str | None, task: asyncio.Task[Run]) -> None:
-        self._committing.discard(task)
+    def _end_commit(self, method: str, caller: str | None, write: asyncio.Future[Run]) -> None:
         # Asking for the error marks it as seen: the caller has it, unless the call was cancelled.
-        if task.cancelled() or task.exception() is not None:
+        if write.cancelled() or write.exception() is not None:
             return
-        run = task.result()
+        run = write.result()
         if caller is not None:
             log.info("audit.changed", caller=caller, method=method, run_id=run.run_id)
         notices = self._storage.notices

@@ -18,7 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from threading import get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import structlog
 
@@ -32,6 +32,7 @@ from runrecovery_service.storage.changes import (
 )
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.group_commit import GroupCommitWriter
+from runrecovery_service.storage.loop_answers import LoopAnswer, LoopAnswers
 from runrecovery_service.storage.postgresql import PostgreSQL, cut
 from runrecovery_service.storage.reports import close_abandoned
 from runrecovery_service.storage.reserved_connection import ReservedConnection
@@ -95,6 +96,7 @@ class Storage:
         self._under_way: dict[int, tuple[float, object]] = {}
         self.changes = Changes()
         self.notices: PeerNotices | None = None
+        self._answers: LoopAnswers | None = None
         self._poll = SharedPoll()
 
     def hear_peers(self, instance: str) -> None:
@@ -162,12 +164,16 @@ class Storage:
         If the write fails although it may have been committed, it is announced as a change in
         doubt.
         """
-        try:
-            return await self._write(self.changes.announce, use, *args, **kwargs)
-        except Exception as error:
-            if isinstance(error, NotNow) or not isinstance(error, RunRecoveryError):
-                self.changes.announce_doubt()
-            raise
+        return await self.start_write(use, *args, **kwargs)
+
+    def start_write(
+        self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[R]:
+        """Begin what `write` does, and return the future of its result.
+
+        To cancel the future drops the write, if the write has not begun.
+        """
+        return self._start_write(self._announce, use, *args, **kwargs)
 
     async def write_own(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one transaction of the execution itself; return once it is durable.
@@ -175,53 +181,56 @@ class Storage:
         Only watchers are woken. The execution made the change itself, and checks or repeats a write
         that is in doubt.
         """
-        return await self._write(self.changes.wake_watchers, use, *args, **kwargs)
+        return await self._start_write(self._announce_own, use, *args, **kwargs)
 
-    async def _write(
+    def _start_write(
         self,
-        announce: Callable[[frozenset[int]], None],
+        announce: Callable[[LoopAnswer[R]], None],
         use: UseCase[P, R],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> R:
+    ) -> asyncio.Future[R]:
         def noted(db: Database) -> tuple[R, frozenset[int]]:
             db.take_changed_runs()  # forget the runs of a use case that was rolled back
             return use(db, *args, **kwargs), db.take_changed_runs()
 
+        if self._answers is None:
+            self._answers = LoopAnswers(asyncio.get_running_loop())
+        answer = LoopAnswer(self._answers, self._metered(announce))
         if self._writer is None:
-            writing = self._submit(noted)
+            answer.follow(self._submit(noted))
         else:
-            writing = self._writer.submit(noted, in_transaction=is_retried(use))
-        try:
-            with self._timed("write"):
-                result, touched = await asyncio.wrap_future(writing)
-        except asyncio.CancelledError:  # the write may be committed nevertheless
-            self._announce_once_done(writing, announce)
-            raise
-        if self._writer is None and self._meters is not None:
-            self._meters.commit_writes.observe(1)
-        announce(touched)
-        return result
+            self._writer.put(noted, answer, in_transaction=is_retried(use))
+        return answer.future
 
-    def _announce_once_done(
-        self,
-        writing: Future[tuple[R, frozenset[int]]],
-        announce: Callable[[frozenset[int]], None],
-    ) -> None:
-        loop = asyncio.get_running_loop()
+    def _metered(
+        self, announce: Callable[[LoopAnswer[R]], None]
+    ) -> Callable[[LoopAnswer[R]], None]:
+        """Return `announce`, preceded by measurements of the write that begins now."""
+        meters = self._meters
+        if meters is None:
+            return announce
+        timer = StoreTimer(meters, "write")
 
-        def announce_outcome(done: Future[tuple[R, frozenset[int]]]) -> None:
-            if done.exception() is None:
-                announce(done.result()[1])
-            else:
-                self.changes.announce_doubt()
+        def measure(answer: LoopAnswer[R]) -> None:
+            timer.stop(answer.error)
+            if self._writer is None and answer.error is None:
+                meters.commit_writes.observe(1)
+            announce(answer)
 
-        def on_done(done: Future[tuple[R, frozenset[int]]]) -> None:
-            if not done.cancelled():
-                with suppress(RuntimeError):  # the loop is closed: no subscriber is left
-                    loop.call_soon_threadsafe(announce_outcome, done)
+        return measure
 
-        writing.add_done_callback(on_done)
+    def _announce(self, answer: LoopAnswer[Any]) -> None:
+        if isinstance(answer.error, NotNow) or not isinstance(
+            answer.error, RunRecoveryError | None
+        ):
+            self.changes.announce_doubt()
+        self.changes.announce(answer.changed)
+
+    def _announce_own(self, answer: LoopAnswer[Any]) -> None:
+        if answer.error is not None and answer.future.cancelled():
+            self.changes.announce_doubt()  # no caller is left to check or repeat the write
+        self.changes.wake_watchers(answer.changed)
 
     async def poll_shared(self) -> None:
         """Look for changes by other instances in a shared store, and wake their watchers."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import structlog
 
@@ -17,10 +16,27 @@ from runrecovery_service.storage.driver_errors import DRIVER_ERRORS
 from runrecovery_service.storage.use_case import run_use_case
 
 R = TypeVar("R")
+R_contra = TypeVar("R_contra", contravariant=True)
 
 WRITES_PER_COMMIT: Final = 64
 
 log = structlog.get_logger()
+
+
+class Answer(Protocol[R_contra]):
+    """Takes the outcome of a write. `concurrent.futures.Future` is one."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Return whether the write is still wanted."""
+
+    def done(self) -> bool:
+        """Return whether there is an outcome."""
+
+    def set_result(self, result: R_contra, /) -> None:
+        """Take the result of the write."""
+
+    def set_exception(self, error: BaseException, /) -> None:
+        """Take the error of the write."""
 
 
 class GroupCommitWriter:
@@ -41,16 +57,17 @@ class GroupCommitWriter:
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._thread = start_thread(self._work, "storage-writer")
 
-    def submit(self, use: Callable[[Database], R], *, in_transaction: bool = False) -> Future[R]:
-        """Queue a write; the future resolves after its commit.
+    def put(
+        self, use: Callable[[Database], R], answer: Answer[R], *, in_transaction: bool = False
+    ) -> None:
+        """Queue a write.
 
         Args:
+            answer: gets the result of the write after its commit.
             in_transaction: the write runs in a transaction of its own (`use_case.retried`), so that
                 it needs no second one around it.
         """
-        future: Future[R] = Future()
-        self._waiting.put(_Write(use, future, in_transaction=in_transaction))
-        return future
+        self._waiting.put(_Write(use, answer, in_transaction=in_transaction))
 
     def close(self, within_s: float | None = None) -> None:
         """Finish the queued writes and end the thread.
@@ -76,7 +93,7 @@ class GroupCommitWriter:
         batch: list[_Write] = []
         write = self._waiting.get()
         while write is not None:
-            if write.future.set_running_or_notify_cancel():
+            if write.answer.set_running_or_notify_cancel():
                 batch.append(write)
             if len(batch) >= WRITES_PER_COMMIT or self._waiting.empty():
                 return batch, True
@@ -116,11 +133,11 @@ class _Write:
     """A queued write and its result."""
 
     def __init__(
-        self, use: Callable[[Database], R], future: Future[R], *, in_transaction: bool
+        self, use: Callable[[Database], R], answer: Answer[R], *, in_transaction: bool
     ) -> None:
         self._use = use
         self._run: Callable[[Database], object] = use if in_transaction else self._in_transaction
-        self.future: Future[object] = future  # type: ignore[assignment] # R is only between caller and future
+        self.answer: Answer[Any] = answer
         self._result: object = None
         self._error: RunRecoveryError | None = None
 
@@ -137,23 +154,23 @@ class _Write:
     def resolve(self) -> None:
         """Pass the result to the caller, after the commit."""
         if self._error is not None:
-            self.future.set_exception(self._error)
+            self.answer.set_exception(self._error)
         else:
-            self.future.set_result(self._result)
+            self.answer.set_result(self._result)
 
     def fail(self, error: BaseException) -> None:
         """Pass an unexpected error to the caller, unless it already has a result."""
-        if not self.future.done():
-            self.future.set_exception(error)
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
     def perform(self, db: Database) -> None:
         """Run the write in its own transaction, and pass the result to the caller."""
         try:
             result = run_use_case(db, self._run)
         except BaseException as error:  # noqa: BLE001 - the caller gets every error
-            self.future.set_exception(error)
+            self.answer.set_exception(error)
         else:
-            self.future.set_result(result)
+            self.answer.set_result(result)
 
     def _in_transaction(self, db: Database) -> object:
         with db.transaction():

@@ -145,7 +145,6 @@ RECOVERY_COLUMNS: Final = (
     _E.error_code, _E.no, _E.processes_ended, _C.reconciliation_id, _C.instance, _C.epoch,
 )  # fmt: skip
 
-_NOTHING_JOINED: Final = (None,) * (len(INTERACTION_COLUMNS) + len(RECOVERY_COLUMNS))
 _INTERACTION_AT: Final = len(RUN_COLUMNS)
 _RECOVERY_AT: Final = _INTERACTION_AT + len(INTERACTION_COLUMNS)
 _RULE_AT: Final = _RECOVERY_AT + 2
@@ -184,9 +183,9 @@ def run_from_row(row: Row) -> Run:
         profile=enum_from_text(Profile, profile),
         restart_policy=enum_from_text(RestartPolicy, restart_policy) or RestartPolicy.FAIL,
         max_attempts=max_attempts,
-        session_timeout_s=_seconds(session_timeout_us),
+        session_timeout_s=seconds_from_us(session_timeout_us),
         require_user_reply=require_user_reply != 0,
-        max_run_s=_seconds(max_run_us),
+        max_run_s=seconds_from_us(max_run_us),
         input=None if input_ is None else json_object(input_),
         output=None if output is None else json_object(output),
         error=None if error_code is None else _error(error_code, error_message, row),
@@ -219,12 +218,8 @@ def run_from_row(row: Row) -> Run:
     )
 
 
-def new_run_from_row(row: Row) -> Run:
-    """Return a new run, without question and decision, from a row of RUN_COLUMNS."""
-    return run_from_row((*row, *_NOTHING_JOINED))
-
-
-def _seconds(us: int | None) -> float | None:
+def seconds_from_us(us: int | None) -> float | None:
+    """Return microseconds as seconds; None for None."""
     return None if us is None else us / 1e6
 
 

@@ -45,8 +45,8 @@ from runrecovery_service.storage.rows import (
     LARGE_COLUMNS,
     RECOVERY_COLUMNS,
     RUN_COLUMNS,
-    new_run_from_row,
     run_from_row,
+    seconds_from_us,
     to_json,
     to_us,
 )
@@ -198,7 +198,7 @@ _INSERT = Statement(
             }
         )
         .on_conflict_ignore()
-        .returning(*RUN_COLUMNS)
+        .returning(_R.id)
     )
 )
 
@@ -261,7 +261,7 @@ def create(
         if requests.find_effect(db, receipt) is not None:  # the same request arrived twice
             raise Stale
         raise RunAlreadyExists(new.run_id)
-    run = new_run_from_row(row)
+    run = _created(row[0], new, owner, now)
     for key, value in new.labels.items():
         _LABEL.run(db, key=key, value=value, run=run.key)
     requests.record_effect(db, receipt, run_key=run.key, now=now)
@@ -271,6 +271,47 @@ def create(
 
 def _us(seconds: float | None) -> int | None:
     return None if seconds is None else round(seconds * 1e6)
+
+
+def _created(key: int, new: NewRun, owner: Owner, now: datetime) -> Run:
+    """Return what `get` would return of the run that `_INSERT` has just added, without reading it.
+
+    To return all columns from the statement, and to decode them, takes a fifth of `create`.
+    """
+    return Run(
+        key=key,
+        run_id=new.run_id,
+        engine=new.engine,
+        labels=new.labels,
+        status=RunStatus.QUEUED,
+        profile=new.profile,
+        restart_policy=new.restart_policy,
+        max_attempts=new.max_attempts,
+        session_timeout_s=seconds_from_us(_us(new.session_timeout_s)),
+        require_user_reply=new.require_user_reply,
+        max_run_s=seconds_from_us(_us(new.max_run_s)),
+        max_resumes=new.max_resumes,
+        budget=new.budget,
+        input=new.input,
+        output=None,
+        error=None,
+        pending=None,
+        session=None,
+        interaction_count=0,
+        attempt=0,
+        turn=0,
+        cancel_requested=False,
+        recovery=None,
+        owner=owner.instance,
+        owner_epoch=owner.epoch,
+        version=1,
+        created_at=now,
+        started_at=None,
+        updated_at=now,
+        ended_at=None,
+        created_by=new.created_by,
+        traceparent=new.traceparent,
+    )
 
 
 # -- changing ----------------------------------------------------------------------------------

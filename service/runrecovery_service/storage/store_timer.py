@@ -14,7 +14,9 @@ STORE_ERRORS: Final = (StorageBusy, StorageFull, StorageUnavailable)
 
 
 class StoreTimer:
-    """A context manager around one request. Use it on the event loop only.
+    """Measures one request: a context manager around it, or `stop` at its end.
+
+    Use it on the event loop only.
 
     Args:
         operation: one of `OPERATIONS`.
@@ -25,9 +27,10 @@ class StoreTimer:
     def __init__(self, meters: Meters, operation: str) -> None:
         self._meters = meters
         self._operation = operation
+        self._begun = perf_counter()
 
     def __enter__(self) -> None:
-        self._begun = perf_counter()
+        pass
 
     def __exit__(
         self,
@@ -35,6 +38,10 @@ class StoreTimer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.stop(error)
+
+    def stop(self, error: BaseException | None) -> None:
+        """Record the time since this object was made, and the error of the request, if any."""
         self._meters.storage_seconds.observe(perf_counter() - self._begun, self._operation)
         if isinstance(error, STORE_ERRORS):
             self._meters.storage_errors.add(self._operation, type(error).__name__)
