@@ -99,32 +99,63 @@ async def test_a_change_of_one_run_wakes_no_waiter_of_another() -> None:
     assert (mine.is_set(), other.is_set()) == (True, False)
 
 
-async def test_a_bookmark_is_due_some_time_after_the_latest_response(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(watch_streams, "BOOKMARK_S", 0.2)
-    woken, loop = asyncio.Event(), asyncio.get_running_loop()
+class HandDrivenLoop:
+    """The clock and the timers of an event loop, in a time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> HandDrivenLoop:
+        self.timers.append((self.now + delay_s, callback))
+        return self
+
+    def cancel(self) -> None:
+        """Cancel the only timer. The loop is also the handle of its timer."""
+        self.timers.clear()
+
+    def wait_until(self, now: float) -> None:
+        self.now = now
+        due = [timer for timer in self.timers if timer[0] <= now]
+        self.timers = [timer for timer in self.timers if timer[0] > now]
+        for _, callback in due:
+            callback()
+
+
+def test_a_bookmark_is_due_15_s_after_the_latest_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, woken = HandDrivenLoop(), asyncio.Event()
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
     with watch_streams._BookmarkTimer(woken, sent=True) as timer:
-        middle = asyncio.Event()
-        loop.call_later(0.1, middle.set)
-        await middle.wait()
+        loop.wait_until(1010.0)
         timer.restart()
-        sent = loop.time()
-        async with asyncio.timeout(30):
-            await woken.wait()
-        assert (timer.left_s, loop.time() - sent >= 0.2) == (0, True)
+        loop.wait_until(1024.0)
+        assert (woken.is_set(), timer.left_s) == (False, 1.0)
+        loop.wait_until(1025.0)
+        assert (woken.is_set(), timer.left_s) == (True, 0.0)
 
         woken.clear()
         timer.restart()
-        async with asyncio.timeout(30):
-            await woken.wait()
-        assert timer.left_s == 0
+        loop.wait_until(1039.0)
+        assert (woken.is_set(), timer.left_s) == (False, 1.0)
+        loop.wait_until(1040.0)
+        assert (woken.is_set(), timer.left_s) == (True, 0.0)
 
 
 async def test_a_resumed_watch_gets_a_bookmark_at_once() -> None:
     woken = asyncio.Event()
     with watch_streams._BookmarkTimer(woken, sent=False) as timer:
         assert (timer.left_s, woken.is_set()) == (0, True)
+
+
+async def test_the_end_of_a_stream_ends_its_timer() -> None:
+    woken = asyncio.Event()
+    with watch_streams._BookmarkTimer(woken, sent=True) as timer:
+        armed = timer._timer
+    assert armed is not None
+    assert armed.cancelled()
 
 
 def test_a_poll_of_a_shared_store_announces_new_events_and_runs_that_are_newly_watched() -> None:
