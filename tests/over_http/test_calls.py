@@ -281,6 +281,13 @@ def test_headers_of_the_protocol_are_checked(
     assert (reply.status, reply.json["code"]) == (status, code)
 
 
+def test_a_call_ends_when_its_timeout_is_over(http: HttpApi) -> None:
+    # A list is read on a thread, so its call cannot end before a timeout of 0.
+    reply = http.post(f"{RUNS}/ListRuns", {}, Connect_Timeout_Ms="0")
+
+    assert (reply.status, reply.json["code"]) == (504, "deadline_exceeded")
+
+
 def test_headers_of_a_connect_client_are_accepted(http: HttpApi) -> None:
     headers = {
         "Connect_Protocol_Version": "1",

@@ -1,13 +1,16 @@
-"""Conversion of messages: large JSON does not delay the event loop."""
+"""Conversion of messages: large JSON does not delay the event loop; the time before a retry."""
 
 from __future__ import annotations
 
 import threading
 
+import grpc
 import pytest
 from google.protobuf.message import Message
+from google.rpc import error_details_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from runrecovery_service.http.messages import THREAD_BYTES, Codec
+from runrecovery_service.http.call_context import CallFailed, Detail
+from runrecovery_service.http.messages import THREAD_BYTES, Codec, retry_after_s
 
 
 @pytest.mark.parametrize(("size", "on_the_loop"), [(THREAD_BYTES, True), (THREAD_BYTES + 1, False)])
@@ -38,3 +41,20 @@ async def test_a_small_message_is_converted_on_the_loop_and_a_large_one_in_a_thr
         assert await codec.encode(packed, pb.StreamOutputResponse) == b"{}"
 
     assert [thread is threading.current_thread() for thread in seen] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "seconds"), [(1, 1), (1000, 1), (1001, 2), (29_500, 30), (None, None)]
+)
+def test_the_whole_seconds_before_a_retry_are_never_too_few(
+    milliseconds: int | None, seconds: int | None
+) -> None:
+    details: list[Detail] = [error_details_pb2.ErrorInfo(reason="STORAGE_BUSY")]
+    if milliseconds is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(milliseconds)
+        details.append(retry)
+
+    failed = CallFailed(grpc.StatusCode.UNAVAILABLE, "later", tuple(details))
+
+    assert retry_after_s(failed) == seconds
