@@ -220,6 +220,9 @@ def test_a_dry_run_shows_what_would_be_removed(run: Run, server: FixedAnswers) -
 
     ended = run("prune", "--dry-run", "--server", server.address)
 
+    assert [recovery_service_pb2.PruneRequest.FromString(sent) for _, sent in server.asked] == [
+        recovery_service_pb2.PruneRequest(dry_run=True)
+    ]
     assert ended.out.splitlines() == [
         "would be removed:",
         "KIND      COUNT  FILE BYTES",

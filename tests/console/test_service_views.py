@@ -8,11 +8,13 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 from runrecovery_service.console.instance_view import instance_view
+from runrecovery_service.console.live import instances_version, service_version
 from runrecovery_service.console.moments import duration_text, moment_of
 from runrecovery_service.console.plan_view import plan_view
 from runrecovery_service.console.reports import report_view, service_view
 from runrecovery_service.console.run_list import RunFilter, row_of
 from runrecovery_service.console.run_view import decision_views, run_view
+from runrecovery_service.console.waiting import version_of
 
 NOW = datetime(2026, 11, 30, 10, tzinfo=UTC)
 
@@ -229,3 +231,33 @@ def test_a_failed_run_can_be_reopened_while_its_time_lasts(until: str, *, can: b
     )
 
     assert run_view(run, NOW).can_reopen is can
+
+
+def test_a_page_of_instances_is_loaded_again_for_a_change_but_not_for_a_renewed_lease() -> None:
+    def version(**changes: object) -> str:
+        told = {"name": "a", "epoch": 3, "leaseUntil": "2026-11-30T10:00:00Z"} | changes
+        return instances_version([ParseDict(told, recovery_service_pb2.Instance())])
+
+    assert version(leaseUntil="2026-11-30T10:00:10Z") == version()
+    assert len({version(), version(epoch=4), version(name="b"), instances_version([])}) == 4
+
+
+def test_a_page_of_the_service_is_loaded_again_for_a_new_state_and_for_each_progress() -> None:
+    def version(**changes: object) -> str:
+        report = {"reconciliationId": "r", "runsScanned": changes.pop("scanned", 1)}
+        told = {"instance": "a", "epoch": 3, "reconciliation": report} | changes
+        status = recovery_service_pb2.GetRecoveryStatusResponse()
+        return service_version(ParseDict(told, status))
+
+    assert version() == version()
+    others = (version(state="SERVICE_STATE_SERVING"), version(scanned=2), version(epoch=4))
+    assert len({version(), *others}) == 4
+
+
+def test_a_list_of_runs_is_loaded_again_for_a_changed_run_and_for_another_one() -> None:
+    one = run_pb2.Run(run_id="a", etag="1")
+    decided = run_pb2.Run(run_id="a", etag="1", recovery=run_pb2.RecoveryInfo(recovery_count=1))
+
+    assert version_of([one]) == version_of([run_pb2.Run(run_id="a", etag="1")])
+    lists = [[], [one], [run_pb2.Run(run_id="a", etag="2")], [decided], [one, one]]
+    assert len({version_of(runs) for runs in lists}) == len(lists)
