@@ -274,10 +274,7 @@ def _us(seconds: float | None) -> int | None:
 
 
 def _created(key: int, new: NewRun, owner: Owner, now: datetime) -> Run:
-    """Return what `get` would return of the run that `_INSERT` has just added, without reading it.
-
-    To return all columns from the statement, and to decode them, takes a fifth of `create`.
-    """
+    """Return the run that `_INSERT` has just added, as `get` would, but without reading it."""
     return Run(
         key=key,
         run_id=new.run_id,
