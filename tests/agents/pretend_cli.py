@@ -571,6 +571,6 @@ def claude(arguments: list[str], prompt: str) -> None:
          "total_cost_usd": 0.25 * calls})  # fmt: skip
 
 
-signal.alarm(60)
+signal.alarm(300)
 PROMPT = sys.stdin.buffer.read().decode()
 {"codex": codex, "gemini": gemini, "claude": claude}[sys.argv[1]](sys.argv[2:], PROMPT)
