@@ -540,4 +540,32 @@ MUTANTS: Final = (
         new="",
         test="tests/service/test_systemd.py",
     ),
+    Mutant(
+        name="first-byte-of-a-split-secret-kept",
+        file="execution/agent_io.py",
+        old="max(self.listener.max_secret_bytes - 1, 0), 0)",
+        new="max(self.listener.max_secret_bytes - 2, 0), 0)",
+        test="tests/execution/test_split_secrets.py",
+    ),
+    Mutant(
+        name="name-of-a-file-not-synced",
+        file="storage/durable_files.py",
+        old="    sync_directory(path.parent)\n",
+        new="",
+        test="tests/unit/test_durable_files.py",
+    ),
+    Mutant(
+        name="task-outlives-its-sender",
+        file="webhooks/sender.py",
+        old="        await self._tidying.cancel()\n",
+        new="",
+        test="tests/webhooks/test_sender.py",
+    ),
+    Mutant(
+        name="session-checks-of-old-engines-kept",
+        file="setup/reload.py",
+        old="            sessions.replace_checks(checks)\n",
+        new="",
+        test="tests/unit/test_reload.py",
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -307,6 +308,28 @@ async def test_files_whose_move_failed_are_moved_by_the_next_sweep(machine: Mach
     await sweep.sweep()
 
     assert not log_of_run.exists()
+
+
+async def test_runs_that_a_sweep_found_and_had_no_time_for_lose_their_output_in_the_next(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = machine.ended(2)
+    machine.age(DAY_S)
+    sweep = machine.sweep(outputs=60.0)
+    removable = retention.removable_parts
+
+    def find_slowly(*args: Any, **named: Any) -> Any:
+        monkeypatch.setattr(sweep, "_ends_s", -math.inf)
+        return removable(*args, **named)
+
+    monkeypatch.setattr(retention, "removable_parts", find_slowly)
+    assert not await sweep.sweep(within_s=60.0)
+    assert not retention.is_output_removed(machine.store.db, run)
+    monkeypatch.setattr(retention, "removable_parts", removable)
+
+    await sweep.sweep()
+
+    assert retention.is_output_removed(machine.store.db, run)
 
 
 async def test_a_run_that_was_kept_loses_its_output_once_nothing_needs_it(

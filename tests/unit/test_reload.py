@@ -12,8 +12,14 @@ import pytest
 from runrecovery_service import reload
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.reloading import RELOADABLE
-from runrecovery_service.config.settings import LogLevel, RetentionSettings, Settings
+from runrecovery_service.config.settings import (
+    EngineSettings,
+    LogLevel,
+    RetentionSettings,
+    Settings,
+)
 from runrecovery_service.domain.retention import RetentionPolicy
+from runrecovery_service.domain.run import Profile
 from runrecovery_service.reload import ReloadablePart, Reloader
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.setup.reload import reloadable_parts
@@ -214,3 +220,31 @@ def test_the_sweep_of_old_rows_gets_the_new_ages() -> None:
     apply()
 
     assert sweep.policy == RetentionPolicy(outputs=60.0, max_ended_runs=7)
+
+
+def test_new_engines_replace_the_session_checks_and_cause_a_check_of_the_queue() -> None:
+    """A run may have waited for a slot of its engine, whose limit is now higher."""
+    done: list[object] = []
+    catalog: Any = SimpleNamespace(replace=lambda new: done.append(new.names))
+    sessions: Any = SimpleNamespace(replace_checks=lambda checks: done.append(sorted(checks)))
+    dispatcher: Any = SimpleNamespace(check_queue=lambda: done.append("queue"))
+    other: Any = SimpleNamespace(prepare_callers=None, prepare_tls=None)
+    parts = reloadable_parts(
+        entrance=other,
+        catalog=catalog,
+        sessions=sessions,
+        dispatcher=dispatcher,
+        retention=None,
+        webhooks=other,
+    )
+    (part,) = (part for part in parts if part.key == "engines")
+
+    engine = EngineSettings(
+        command=("x",), profile=Profile.RESUMABLE, session_file="{workspace}/{value}"
+    )
+    apply = part.prepare(Settings(engines={"new": engine}))
+    assert apply is not None
+    assert done == []
+    apply()
+
+    assert done == [("new",), ["new"], "queue"]

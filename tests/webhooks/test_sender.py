@@ -388,6 +388,17 @@ async def test_a_stop_lets_a_try_end_and_cuts_one_that_hangs(
     assert (bench.receiving.at_once, bench.left()) == (0, 1)
 
 
+async def test_a_stopped_sender_leaves_no_task(bench: Bench, sender: WebhookSender) -> None:
+    canceled(bench)
+    sender.start()
+    await bench.until_arrived(2)
+
+    await sender.stop()
+
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    assert [name for name in names if name.startswith("webhook")] == []
+
+
 async def test_a_real_receiver_gets_what_the_library_verifies(
     bench: Bench, new_receiver: NewReceiver
 ) -> None:
