@@ -59,6 +59,24 @@ async def test_repeats_the_filter_with_every_token(caller: Caller, server: Scrip
     assert (second.filter, second.page_size, second.view) == (first.filter, 7, basic)
 
 
+async def test_every_page_has_the_deadline_of_the_caller(
+    caller: Caller, server: ScriptedServer
+) -> None:
+    left: list[float | None] = []
+
+    def page(
+        request: run_service_pb2.ListRunsRequest, context: grpc.ServicerContext
+    ) -> run_service_pb2.ListRunsResponse:
+        left.append(context.time_remaining())
+        return _runs("a", then="" if request.page_token else "t1")
+
+    server.on("ListRuns", page)
+
+    await caller.collect("runs.list", timeout_s=330.0)
+
+    assert [round(seconds or 0, -2) for seconds in left] == [300, 300]
+
+
 async def test_asks_for_a_page_only_when_its_rows_are_wanted(
     caller: Caller, server: ScriptedServer
 ) -> None:
