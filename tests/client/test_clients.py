@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 import runrecovery as rr
+from google.protobuf import wrappers_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runrecovery import errors
+from runrecovery._requests import check_health
 from runrecovery.v1 import run_pb2, run_service_pb2
 from support.scripted_server import ScriptedServer
 
@@ -75,6 +77,13 @@ async def test_knows_every_health_status(name: str, caller: Caller, server: Scri
     server.health.set("x", health_pb2.HealthCheckResponse.ServingStatus.Value(name))
 
     assert await caller.call("health.check", "x") == name
+
+
+def test_a_health_status_of_a_newer_service_is_unknown() -> None:
+    decode = check_health("x").decode
+
+    for number in (4, -1):
+        assert decode(wrappers_pb2.Int32Value(value=number).SerializeToString()) == "UNKNOWN"
 
 
 async def test_a_health_name_that_does_not_exist_is_not_found(caller: Caller) -> None:

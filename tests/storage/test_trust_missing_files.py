@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 from runrecovery_service.agents import trust_removal
 from runrecovery_service.domain.reconciliation import TrustClearing
@@ -65,6 +67,19 @@ def test_entries_of_a_folder_that_is_unmounted_for_a_week_are_forgotten(
 
     assert [one.outcome for one in host.keeper().remove_stale().removals] == ["gone"]
     assert host.store.rows("SELECT * FROM trust_entry") == []
+
+
+def test_the_week_of_an_unmounted_folder_begins_anew_when_the_wall_clock_is_set_back(
+    host: CliHost,
+) -> None:
+    make_unreachable(host, "folder")
+    host.keeper().remove_stale()
+    host.store.step_wall_clock(timedelta(days=-30))
+    host.keeper().remove_stale()
+
+    host.store.advance(GONE_S + 1)
+
+    assert [one.outcome for one in host.keeper().remove_stale().removals] == ["gone"]
 
 
 def test_a_removed_lock_file_does_not_keep_an_entry_from_being_removed(host: CliHost) -> None:
