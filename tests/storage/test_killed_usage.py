@@ -44,6 +44,7 @@ class Killed:
 
     def __init__(self, store: ServiceStore, folder: Path) -> None:
         self.store = store
+        self.now_s = 0.0
         self.session = StoredSession.write("codex", folder)
         self.sessions = self.session.home.store
         self.session.file.write_bytes(
@@ -93,10 +94,15 @@ class Killed:
             catalog=Catalog([engine]),
             workspace=lambda key, attempt: self.session.workspace,
             output=lambda key, attempt: self.session.workspace / "stdout.log",
-            monotonic=iter(range(0, 1000, 20)).__next__,
+            monotonic=self.monotonic,
         )
         turns = found_ends.open_turns(self.store.db, self.store.scope())
         return counts.count(turns, found or {}, stop or StopSignal())
+
+    def monotonic(self) -> float:
+        """Return a time that is 20 s later at each call."""
+        self.now_s += 20.0
+        return self.now_s
 
     def recover(self, found: dict[int, FoundEnd] | None = None) -> None:
         """Kill the service and start it again."""
@@ -295,3 +301,22 @@ def test_sessions_that_do_not_answer_delay_a_recovery_only_for_its_time_limit_or
 
     reasons = [each.get("reason") for each in logged if each["log_level"] == "warning"]
     assert reasons == ["TimeoutError"]
+
+
+def test_all_sessions_that_do_not_answer_have_one_time_limit_together(
+    killed: Killed, store: ServiceStore
+) -> None:
+    hanging = Hanging(killed.sessions)
+    killed.sessions = hanging.sessions
+    for _ in range(2):
+        killed.begin(**RESUME)
+    store.restart()
+    begun_s = killed.now_s
+    try:
+        assert killed.count() == {}
+    finally:
+        hanging.released.set()
+
+    assert (
+        killed.now_s - begun_s == 80.0
+    )  # four reads of the clock: one begins the limit, the second session gets one
