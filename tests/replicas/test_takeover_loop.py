@@ -95,6 +95,23 @@ async def test_an_instance_with_an_unknown_engine_is_left_to_another_and_logged_
     assert owners(pair) == ["b"]
 
 
+async def test_a_refusal_after_a_time_without_one_is_logged_again(
+    pair: Pair, new_loop: Callable[..., TakeoverLoop]
+) -> None:
+    pair.dead.create(engine="other")
+    pair.expire()
+    loop = new_loop()
+
+    with capture_logs() as logs:
+        await loop._can_decide("a")
+        loop.engines = lambda: ("demo", "other")
+        await loop._can_decide("a")
+        loop.engines = lambda: ("demo",)
+        await loop._can_decide("a")
+
+    assert [one["event"] for one in logs] == ["takeover.refused"] * 2
+
+
 async def test_a_service_that_is_to_stop_takes_nothing_over(
     pair: Pair, new_loop: Callable[..., TakeoverLoop]
 ) -> None:
