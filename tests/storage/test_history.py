@@ -10,10 +10,10 @@ import pytest
 from runrecovery_service.domain.errors import ReconciliationNotFound, RunNotFound
 from runrecovery_service.domain.reconciliation import ReconciliationState, RecoveredFilter
 from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run
-from runrecovery_service.storage import decisions, reports
+from runrecovery_service.storage import decisions, instances, reports
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.sql_dialects import DatabaseKind
-from storage.service_store import ServiceStore
+from storage.service_store import ServiceStore, boot
 
 EVERYTHING = RecoveredFilter()
 
@@ -134,6 +134,21 @@ def test_a_start_closes_reports_that_were_cut_off(store: ServiceStore) -> None:
     assert ReconciliationState.RUNNING is newest.state
     assert (older.state, older.finished_at is not None) == (ReconciliationState.FAILED, True)
     assert older.error is not None
+
+
+def test_an_opened_report_closes_that_of_an_instance_that_is_not_alive(
+    store: ServiceStore,
+) -> None:
+    """The feed of decisions ends at the first report that is RUNNING."""
+    store.open_report()
+    instances.resign(store.db, store.owner)
+    store.owner = instances.claim(store.db, boot("other"), now=store.tick())
+    store.open_report()
+
+    newest, older = reports.report_page(store.db, after=None, limit=9).rows
+
+    assert (newest.instance, newest.state) == ("other", ReconciliationState.RUNNING)
+    assert (older.instance, older.state) == ("default", ReconciliationState.FAILED)
 
 
 def complete(store: ServiceStore) -> None:
