@@ -74,6 +74,25 @@ def test_a_copy_that_lacks_rows_is_refused_and_removed(
     assert not (tmp_path / "copy.db").exists()
 
 
+def test_a_copy_with_every_row_that_is_damaged_is_refused_and_removed(
+    store_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy_badly(source: sqlite3.Connection, copy: sqlite3.Connection) -> None:
+        source.backup(copy)
+        copy.execute("PRAGMA writable_schema = 1")
+        copy.execute("DELETE FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL")
+        copy.commit()
+
+    monkeypatch.setattr(backup, "_copy_pages", copy_badly)
+
+    with pytest.raises(DatabaseRefused) as refused:
+        backup_sqlite(store_file, tmp_path / "copy.db")
+
+    assert refused.value.place == str(tmp_path / "copy.db")
+    assert "never used" in refused.value.reason
+    assert not (tmp_path / "copy.db").exists()
+
+
 @pytest.mark.parametrize("kept_pages", range(1, 30, 3))
 def test_a_backup_of_a_damaged_store_names_the_store_and_leaves_no_copy(
     store_file: Path, tmp_path: Path, kept_pages: int
