@@ -59,9 +59,11 @@ def causes(service: ServiceProcess) -> set[str]:
 def test_a_damaged_table_of_runs_is_named_and_health_follows(new_home: NewHome) -> None:
     home = new_home(lease_ttl_s=3.0)
     service, api = home.start()
-    for n in range(20):
-        api.create("resumable", {}, run_id=f"run-{n}")
-    api.until_ended("run-19")
+    names = [f"run-{n}" for n in range(20)]
+    for name in names:
+        api.create("resumable", {}, run_id=name)
+    for name in names:  # a write would put an undamaged copy of the page into the log
+        api.until_ended(name)
 
     break_page(home, "run")
     until(lambda: api.health_of() == "NOT_SERVING", "health says that the database fails")
