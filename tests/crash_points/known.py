@@ -41,7 +41,6 @@ COMMITS: Final = frozenset(
         "turns.record_sticky_question",
         "turns.record_usage",
         "webhook_deliveries.remove_delivered",
-        "work_stealing.take_from",
     }
 )
 """The use cases that the scenarios reach."""
@@ -75,4 +74,7 @@ UNREACHED: Final[Mapping[str, str]] = {
     "webhook_deliveries.try_again": _WEBHOOK,
     "webhook_outbox.forget_removed": "only after a webhook was removed from the configuration",
     "webhook_outbox.take_back": _REPLICAS,
+    "work_stealing.take_from": (
+        "only if an idle service is quicker than the owner: `tests/campaign/race.py` demands it"
+    ),
 }
