@@ -19,22 +19,28 @@ DEMO_ENGINES: Any = SimpleNamespace(names=("demo", "other"))
 NO_TURNS: Any = SimpleNamespace(tree_deadline=TreeDeadline(0))
 
 
+def renewal_with(
+    storage: Any, *, catalog: Any = DEMO_ENGINES, turns: Any = NO_TURNS, health: Any = None
+) -> LeaseRenewal:
+    """Return the renewal of a lease of 15 s."""
+    return LeaseRenewal(
+        lease_ttl_s=15.0,
+        storage=storage,
+        owner=OWNER,
+        catalog=catalog,
+        turns=turns,
+        health=health,
+        stop=StopSignal(),
+        note=None,
+    )
+
+
 @pytest.mark.parametrize("is_shared", [True, False], ids=["PostgreSQL", "SQLite"])
 async def test_the_lease_is_renewed_and_trees_live_on_five_times_in_its_time(
     *, is_shared: bool
 ) -> None:
-    unused: Any = None
     storage: Any = SimpleNamespace(is_shared=is_shared)
-    renewal = LeaseRenewal(
-        lease_ttl_s=15.0,
-        storage=storage,
-        owner=OWNER,
-        catalog=unused,
-        turns=NO_TURNS,
-        health=unused,
-        stop=StopSignal(),
-        note=None,
-    )
+    renewal = renewal_with(storage)
 
     pauses = {task.name: task.interval_s for task in renewal.tasks()}
 
@@ -50,16 +56,7 @@ async def test_on_sqlite_a_slow_renewal_succeeds_however_late_it_is(unrenewed_s:
 
     storage: Any = SimpleNamespace(is_shared=False, renew=renew_on_a_slow_disk)
     health: Any = SimpleNamespace(note=lambda part, *, answers: noted.append((part, answers)))
-    renewal = LeaseRenewal(
-        lease_ttl_s=15.0,
-        storage=storage,
-        owner=OWNER,
-        catalog=DEMO_ENGINES,
-        turns=NO_TURNS,
-        health=health,
-        stop=StopSignal(),
-        note=None,
-    )
+    renewal = renewal_with(storage, health=health)
     renewal._renewed_s = boot_time_ns() / 1e9 - unrenewed_s
 
     await renewal.renew()
@@ -76,16 +73,7 @@ async def test_each_renewal_tells_the_engines_that_are_configured_now() -> None:
     catalog: Any = SimpleNamespace(names=("demo",))
     storage: Any = SimpleNamespace(is_shared=False, renew=renew)
     health: Any = SimpleNamespace(note=lambda *_, **__: None)
-    renewal = LeaseRenewal(
-        lease_ttl_s=15.0,
-        storage=storage,
-        owner=OWNER,
-        catalog=catalog,
-        turns=NO_TURNS,
-        health=health,
-        stop=StopSignal(),
-        note=None,
-    )
+    renewal = renewal_with(storage, catalog=catalog, health=health)
     await renewal.renew()
     catalog.names = ("demo", "another")  # a reload
 
@@ -106,16 +94,7 @@ async def test_trees_live_by_the_start_of_a_renewal_and_not_by_its_answer() -> N
     deadline = TreeDeadline(0, now_ns=lambda: seconds[0] * 10**9)
     turns: Any = SimpleNamespace(heartbeat=heartbeats.append, tree_deadline=deadline)
     health: Any = SimpleNamespace(note=lambda *_, **__: None)
-    renewal = LeaseRenewal(
-        lease_ttl_s=15.0,
-        storage=storage,
-        owner=OWNER,
-        catalog=DEMO_ENGINES,
-        turns=turns,
-        health=health,
-        stop=StopSignal(),
-        note=None,
-    )
+    renewal = renewal_with(storage, turns=turns, health=health)
 
     await renewal.renew()
 
@@ -135,16 +114,7 @@ async def test_a_failed_renewal_is_repeated_early_and_a_success_ends_the_outage(
     deadline = TreeDeadline(0, now_ns=lambda: seconds[0] * 10**9)
     turns: Any = SimpleNamespace(tree_deadline=deadline)
     health: Any = SimpleNamespace(note=lambda *_, **__: None)
-    renewal = LeaseRenewal(
-        lease_ttl_s=15.0,
-        storage=storage,
-        owner=OWNER,
-        catalog=DEMO_ENGINES,
-        turns=turns,
-        health=health,
-        stop=StopSignal(),
-        note=None,
-    )
+    renewal = renewal_with(storage, turns=turns, health=health)
 
     async def try_at(second: int) -> tuple[float | None, bool]:
         seconds[0] = second

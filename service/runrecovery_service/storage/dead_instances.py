@@ -68,8 +68,8 @@ def find_dead(db: Database, rules: TakeoverRules) -> list[str]:
 def engines_of(db: Database, instance: str) -> frozenset[str]:
     """Return the engines that an instance has recorded; if none, those of its unfinished runs."""
     row = db.fetch_one("SELECT engines FROM instance WHERE name = ?", (instance,))
-    told = json_value(row[0]) if row else None
-    if isinstance(told, list) and told:
-        return frozenset(map(str, told))
+    names = json_value(row[0]) if row else None
+    if isinstance(names, list) and names:
+        return frozenset(map(str, names))
     rows = db.fetch_all(f"SELECT DISTINCT engine FROM run WHERE owner = ? AND {LIVE}", (instance,))
     return frozenset(engine for (engine,) in rows)
