@@ -44,7 +44,7 @@ def test_a_start_under_another_name_recovers_the_runs_of_the_old_name(new_home: 
     assert status_word(api.until_ended("waits")) == "SUCCEEDED"
 
 
-SEEDED = 12_000
+SEEDED = 60_000
 RENAMED = "SELECT count(*) FROM run WHERE owner = 'renamed'"
 
 
